@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels.cpu import build, steps
-from dsmini_kernels.cpu.calls import ERRORS, memory, span
+from dsmini_kernels.cpu.calls import ERRORS, SPAN, span
 from dsmini_kernels.cpu.structs import CALLS, LAYOUTS
 from dsmini_kernels.cpu.topk import key_rows
 
@@ -48,7 +48,7 @@ def rows(x: Tensor, lent: bytes = b"", further: int = 0) -> bytes:
 
 def wrong_spans(x: Tensor) -> tuple[bytes, bytes]:
     """Return memory that is a byte too short, and memory without an address."""
-    return memory(x.data_ptr(), x.nbytes - 1), memory(0, x.nbytes)
+    return SPAN.pack(x.data_ptr(), x.nbytes - 1), SPAN.pack(0, x.nbytes)
 
 
 def wrong_values(x: Any) -> tuple[Any, ...]:
@@ -169,8 +169,8 @@ WRONG: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("tiles", "size", [{"tile_rows": 0}, {"tile_columns": -1}]),
     ("tiles", "stride", [{"batch_stride": -1}, {"row_stride": -128}]),
     ("tiles", "beyond", [{"batch": HUGE, "rows": HUGE}, {"operation": 1, "columns": 129}]),
-    ("tiles", "beyond", [{"operation": 0, "scales": memory(*lent)} for lent in ((0, 16), (X.data_ptr(), 15))]),
-    ("tiles", "ends", [GROUPS | {"ends": memory(ENDS.data_ptr(), 15)}, GROUPS | {"groups": 1}]),
+    ("tiles", "beyond", [{"operation": 0, "scales": SPAN.pack(*lent)} for lent in ((0, 16), (X.data_ptr(), 15))]),
+    ("tiles", "ends", [GROUPS | {"ends": SPAN.pack(ENDS.data_ptr(), 15)}, GROUPS | {"groups": 1}]),
     ("tiles", "ends", [GROUPS | {"groups": -1}, GROUPS | {"operation": 0}, GROUPS | {"batch": 2}]),
     ("muon", "", [{"threads": 0}, {"rational": 2}, {"steps": 0}, {"pieces": 2}]),
     ("muon", "", [{"piece": piece(count=n)} for n in (4, -1, 2**61)]),

@@ -342,7 +342,7 @@ def test_expected_libraries_are_made_in_one_run_of_the_compiler(
     process = in_process(EXPECTED)
     said = process.communicate()[0]
     made = Counter(notes.read_text().split())
-    once = len(build.SOURCES["prompts"] | build.SOURCES["decoding"]) + 3
+    once = len({*build.SOURCES["prompts"], *build.SOURCES["decoding"]}) + 3
     if not built:
         assert process.returncode == 1 and "cxx failed" in said
     else:

@@ -527,9 +527,9 @@ def test_what_is_not_served_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     norm, gradients = Case(cpu.trained_norm, (norm_x, torch.rand(37), 0.1), 37), cpu.trained_norm_gradients
     keys = Case(cpu.topk_keys, index, 8)
     for case, changes, reason in (
-        (routed, {0: x.half()}, "x of torch.float16"),
+        (routed, {0: x.half()}, "tensors in torch.float16"),
         (routed, {2: weights.double()}, "weights of torch.float64"),
-        (attention, {i: q.double() for i in range(3)}, "attention in torch.float64"),
+        (attention, {i: q.double() for i in range(3)}, "tensors in torch.float64"),
         (norm, {0: norm_x.double()}, "torch.float64"),
         (norm, {1: torch.rand(37).bfloat16()}, "torch.bfloat16"),
         (norm, {0: norm_x[:0]}, r"\[0, 37\]"),

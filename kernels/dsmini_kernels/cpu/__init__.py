@@ -1,37 +1,11 @@
-"""Kernels in C++ for tensors in main memory, compiled on first use."""
+"""Kernels in C++ for tensors in main memory, compiled on first use. Each module has those of its operations."""
+
+from typing import TYPE_CHECKING, Any
 
 from dsmini_kernels import Unserved as Unserved
+from dsmini_kernels.cpu import muon, norms, panels, steps, streams, tiles, topk
 from dsmini_kernels.cpu.build import FUNCTIONS, BuildError, library
 from dsmini_kernels.cpu.calls import without_running as without_running
-from dsmini_kernels.cpu.muon import muon_update as muon_update
-from dsmini_kernels.cpu.norms import normed as normed
-from dsmini_kernels.cpu.norms import trained_norm as trained_norm
-from dsmini_kernels.cpu.norms import trained_norm_gradients as trained_norm_gradients
-from dsmini_kernels.cpu.panels import cached_attention as cached_attention
-from dsmini_kernels.cpu.panels import causal_attention as causal_attention
-from dsmini_kernels.cpu.panels import experts as experts
-from dsmini_kernels.cpu.panels import quantized_experts as quantized_experts
-from dsmini_kernels.cpu.panels import trained_attention as trained_attention
-from dsmini_kernels.cpu.panels import trained_attention_gradients as trained_attention_gradients
-from dsmini_kernels.cpu.panels import trained_experts as trained_experts
-from dsmini_kernels.cpu.panels import trained_experts_gradients as trained_experts_gradients
-from dsmini_kernels.cpu.steps import attention_step as attention_step
-from dsmini_kernels.cpu.steps import blocks_step as blocks_step
-from dsmini_kernels.cpu.steps import feed_forward_step as feed_forward_step
-from dsmini_kernels.cpu.steps import linear as linear
-from dsmini_kernels.cpu.steps import quantized_linear as quantized_linear
-from dsmini_kernels.cpu.streams import read_streams as read_streams
-from dsmini_kernels.cpu.streams import read_streams_gradients as read_streams_gradients
-from dsmini_kernels.cpu.streams import sinkhorn as sinkhorn
-from dsmini_kernels.cpu.streams import sinkhorn_gradients as sinkhorn_gradients
-from dsmini_kernels.cpu.streams import write_streams as write_streams
-from dsmini_kernels.cpu.streams import write_streams_gradients as write_streams_gradients
-from dsmini_kernels.cpu.tiles import dequantize as dequantize
-from dsmini_kernels.cpu.tiles import quantize as quantize
-from dsmini_kernels.cpu.tiles import quantize_dequantize as quantize_dequantize
-from dsmini_kernels.cpu.topk import entry_attention as entry_attention
-from dsmini_kernels.cpu.topk import topk_attention as topk_attention
-from dsmini_kernels.cpu.topk import topk_keys as topk_keys
 
 OPERATIONS = {
     **dict.fromkeys(("quantize", "dequantize", "quantize_dequantize"), "tiles"),
@@ -49,6 +23,11 @@ OPERATIONS = {
     **{"topk_keys": "topk_keys", "topk_attention": "topk_attention", "entry_attention": "entry_attention"},
 }
 """Operations, and the function of a library that runs each."""
+for module in (muon, norms, panels, steps, streams, tiles, topk):
+    globals().update((name, kernel) for name, kernel in vars(module).items() if name in OPERATIONS)
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
 
 
 def why_not(operation: str = "quantize") -> str | None:

@@ -24,6 +24,7 @@ import hashlib
 import itertools
 import os
 import platform
+import re
 import shlex
 import shutil
 import signal
@@ -51,35 +52,24 @@ HERE = Path(__file__).parent
 ROUNDING = ("-O2", "-ffp-contract=off")
 """Flags of kernels whose bits are defined: no multiplication and addition may become one operation."""
 PRODUCTS = ("-O2", "-ffp-contract=fast")  # as fast as -O3, in 0.6 of the time (docs/log.md)
+ROUNDED = re.compile(r"(scratch|team|library|tiles|blocks|trial_of_\w+)\.cpp")
+"""Sources with the flags of ROUNDING. All others have those of PRODUCTS."""
 PRECOMPILED = "dots.h"
 """Header of all sources with the flags of PRODUCTS."""
-SHARED = dict.fromkeys(("scratch.cpp", "team.cpp"), ROUNDING)
+SHARED = ("scratch.cpp", "team.cpp", "panels.cpp")
 SOURCES = {
-    "prompts": {
-        **SHARED,
-        **dict.fromkeys(("library.cpp", "tiles.cpp", "trial_of_prompts.cpp"), ROUNDING),
-        **dict.fromkeys(("experts.cpp", "heads_attention.cpp", "panels.cpp"), PRODUCTS),
-    },
-    "training": {
-        **SHARED,
-        "trial_of_training.cpp": ROUNDING,
-        **dict.fromkeys(("trained_experts.cpp", "trained_norm.cpp", "muon.cpp", "panels.cpp"), PRODUCTS),
-    },
-    "decoding": {
-        **SHARED,
-        **dict.fromkeys(("blocks.cpp", "trial_of_decoding.cpp"), ROUNDING),
-        **dict.fromkeys(("attention.cpp", "grouped_attention.cpp", "feed_forward.cpp", "linear.cpp"), PRODUCTS),
-        **dict.fromkeys(("norms.cpp", "products.cpp", "panels.cpp", "attend.cpp"), PRODUCTS),
-        **dict.fromkeys(("compressed_attention.cpp", "stream_step.cpp"), PRODUCTS),
-    },
-    "sparse attention": {
-        **SHARED,
-        "trial_of_sparse_attention.cpp": ROUNDING,
-        **dict.fromkeys(("entry_attention.cpp", "topk_attention.cpp", "topk_keys.cpp"), PRODUCTS),
-        **dict.fromkeys(("panels.cpp", "attend.cpp", "streams.cpp"), PRODUCTS),
-    },
+    "prompts": (*SHARED, "trial_of_prompts.cpp", "library.cpp", "tiles.cpp", "experts.cpp", "heads_attention.cpp"),
+    "training": (*SHARED, "trial_of_training.cpp", "trained_experts.cpp", "trained_norm.cpp", "muon.cpp"),
+    "decoding": (
+        *(*SHARED, "trial_of_decoding.cpp", "attend.cpp", "products.cpp", "linear.cpp", "norms.cpp", "blocks.cpp"),
+        *("attention.cpp", "grouped_attention.cpp", "compressed_attention.cpp", "feed_forward.cpp", "stream_step.cpp"),
+    ),
+    "sparse attention": (
+        *(*SHARED, "trial_of_sparse_attention.cpp", "attend.cpp"),
+        *("entry_attention.cpp", "topk_attention.cpp", "topk_keys.cpp", "streams.cpp"),
+    ),
 }
-"""Sources of each library, and their flags. Headers are all *.h. Prompts have what training and decoding share."""
+"""Sources of each library. Headers are all *.h."""
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 ISAS = {
@@ -254,12 +244,16 @@ def _version_of(compiler: tuple[str, ...]) -> str:
 
 
 def _key(flags: tuple[str, ...], part: str) -> str:
-    parts = [repr((flags, SOURCES[part])), platform.machine(), _cpu_flags()]
+    parts = [repr((flags, [(source, _flags_of(source)) for source in SOURCES[part]])), platform.machine(), _cpu_flags()]
     files = [*sorted(HERE.glob("*.h")), *(HERE / name for name in SOURCES[part])]
     hashed = hashlib.sha256()
     for piece in [*(p.encode() for p in parts), *(file.read_bytes() for file in files)]:
         hashed.update(len(piece).to_bytes(8, "little") + piece)
     return hashed.hexdigest()[:24]
+
+
+def _flags_of(source: str) -> tuple[str, ...]:
+    return ROUNDING if ROUNDED.fullmatch(source) else PRODUCTS
 
 
 def _cpu_flags() -> str:
@@ -307,7 +301,7 @@ def _build(
     began, built = time.monotonic(), dict[str, Path]()
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         try:
-            _compile(compiler, flags, [source for part in keys for source in SOURCES[part].items()], scratch)
+            _compile(compiler, flags, sorted({source for part in keys for source in SOURCES[part]}), scratch)
         except BuildError:
             if not others:
                 raise
@@ -325,20 +319,19 @@ def _build(
     return built
 
 
-def _compile(
-    compiler: tuple[str, ...], flags: tuple[str, ...], sources: Sequence[tuple[str, tuple[str, ...]]], scratch: str
-) -> None:
+def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], sources: Collection[str], scratch: str) -> None:
     # compiled once for all: a compiler looks for dots.h.gch next to dots.h, and reads dots.h if that is none
     header = Path(scratch) / PRECOMPILED
     header.write_bytes(b'#include "%s"\n' % os.fsencode(HERE / PRECOMPILED))  # whatever the locale
     made_first = [*compiler, "-x", "c++-header", *PRODUCTS, *flags, str(header), "-o", f"{header}.gch"]
-    with_header: dict[tuple[str, ...], tuple[str, ...]] = {PRODUCTS: ("-include", str(header))}
-    compiles = dict[str, list[str]]()  # a source of two libraries is compiled once
-    for source, more in sources:
+    with_header = {PRODUCTS: ("-include", str(header)), ROUNDING: ()}
+    compiles = list[list[str]]()
+    for source in sources:
+        own = _flags_of(source)
         to = ["-o", _object(scratch, source)]
-        compiles[source] = [*compiler, "-c", *more, *flags, *with_header.get(more, ()), str(HERE / source), *to]
+        compiles.append([*compiler, "-c", *own, *flags, *with_header[own], str(HERE / source), *to])
     what = shlex.join(compiler)
-    for done in [*_run(what, [made_first], BUILD_SECONDS), *_run(what, [*compiles.values()], BUILD_SECONDS)]:
+    for done in [*_run(what, [made_first], BUILD_SECONDS), *_run(what, compiles, BUILD_SECONDS)]:
         if done.returncode != 0:
             raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(done)}")
 
@@ -388,8 +381,12 @@ def _run(what: str, commands: Sequence[list[str]], seconds: float) -> list[Done]
                 running.append(subprocess.Popen(command, process_group=0, **how))
             for process in running:
                 while process.poll() is None:
-                    _wait(process, deadline)
-                    if process.poll() is None:
+                    left = deadline - time.monotonic()
+                    try:
+                        process.wait(max(0.0, min(left, BETWEEN_NOTES)))
+                    except subprocess.TimeoutExpired:
+                        if left <= BETWEEN_NOTES:
+                            raise
                         done = sum(other.poll() is not None for other in running)
                         _note(f"{what}: {done} of {len(running)} have ended")
         except BaseException as error:
@@ -404,19 +401,6 @@ def _run(what: str, commands: Sequence[list[str]], seconds: float) -> list[Done]
             raise
         texts = [(output.seek(0), output.read())[1].decode(errors="replace") for output in outputs]
     return [Done(process.args, process.returncode, text) for process, text in zip(running, texts, strict=True)]
-
-
-def _wait(process: "subprocess.Popen[Any]", deadline: float) -> None:
-    """Wait for the end of a process, until the next note is due.
-
-    Raises: subprocess.TimeoutExpired after the deadline.
-    """
-    left = deadline - time.monotonic()
-    try:
-        process.wait(max(0.0, min(left, BETWEEN_NOTES)))
-    except subprocess.TimeoutExpired:
-        if left <= BETWEEN_NOTES:
-            raise
 
 
 def _note(words: str) -> None:

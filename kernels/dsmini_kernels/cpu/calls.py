@@ -32,12 +32,19 @@ def run(function: str, **fields: Any) -> None:
     """Call a function of a library with the fields of its struct in calls.h; inside `without_running` do nothing.
 
     Args:
-        fields: all but `threads`, which is torch's number unless it is given.
+        fields: all but `threads`, which is torch's number unless it is given. A tensor is an operand, of which the
+            function gets a contiguous copy if it must; None is no memory. Results are the `span` of their memory.
 
-    Raises: RuntimeError where it refuses; Unserved for groups of rows that do not cover them.
+    Raises: RuntimeError where it refuses; Unserved for groups of rows that do not cover them, and as `detached`.
     """
-    if "threads" not in fields:
-        fields["threads"] = n_threads()
+    held = list[Tensor]()
+    for name, field in fields.items():
+        if field is None:
+            fields[name] = b""
+        elif isinstance(field, Tensor):
+            held.append(detached(field).contiguous())
+            fields[name] = span(held[-1])
+    fields.setdefault("threads", n_threads())
     enter(function, CALLS[function].pack_all(fields))
 
 
@@ -66,9 +73,35 @@ def span(x: Tensor | None) -> bytes:
     return b"" if x is None else SPAN.pack(x.data_ptr(), x.nbytes)
 
 
-def memory(address: int, nbytes: int) -> bytes:
-    """Return a Span of memory. The order is that of its two fields, as a call has several."""
-    return SPAN.pack(address, nbytes)
+def strided(x: Tensor) -> bytes:
+    """Return the Span of a tensor with gaps: the bytes up to the end of its last number."""
+    last = sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True))
+    return SPAN.pack(x.data_ptr(), (last + 1) * x.element_size() if x.numel() else 0)
+
+
+def detached(x: Tensor) -> Tensor:
+    """Return x as numbers in main memory.
+
+    Raises: Unserved where that is not all that it is.
+    """
+    if not x.is_cpu or x.layout is not torch.strided:
+        raise Unserved(f"a tensor on {x.device}")
+    if torch.is_autocast_enabled("cpu"):
+        raise Unserved("autocast, which changes dtypes")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise Unserved("kernels have no gradients, and this tensor wants one")
+    return x.resolve_neg()
+
+
+def is_bf16(*tensors: Tensor) -> bool:
+    """Return True for tensors in BF16, and False for tensors in FP32.
+
+    Raises: Unserved for other dtypes, and several.
+    """
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.bfloat16}:
+        raise Unserved(f"tensors in {', '.join(sorted(map(str, dtypes)))}")
+    return torch.bfloat16 in dtypes
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dsmini_kernels import Unserved
 from dsmini_kernels.cpu.calls import run, span
+from dsmini_kernels.cpu.steps import vector
 from dsmini_kernels.cpu.structs import LAYOUTS, LIMITS
 
 LARGEST = 1 << 18
@@ -52,8 +53,6 @@ def muon_update(
 
 def _numbers(x: Tensor, shape: torch.Size) -> bytes:
     """Return the Span of FP32 numbers of that shape."""
-    if x.dtype != torch.float32 or not x.is_cpu or x.layout is not torch.strided or not x.is_contiguous():
-        raise Unserved(f"a tensor in {x.dtype} on {x.device}, or one that is not contiguous")
     if x.shape != shape or x.is_neg():
         raise Unserved(f"a gradient or a momentum of shape {list(x.shape)} for a parameter of {list(shape)}")
-    return span(x)
+    return vector(x)

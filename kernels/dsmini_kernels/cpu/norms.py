@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import memory, run, span
-from dsmini_kernels.cpu.steps import MOST_TOKENS, detached, vector
+from dsmini_kernels.cpu.calls import detached, is_bf16, run, span, strided
+from dsmini_kernels.cpu.steps import MOST_TOKENS, vector
 
 
 def normed(x: Tensor, norm: Any) -> Tensor:
@@ -15,9 +15,8 @@ def normed(x: Tensor, norm: Any) -> Tensor:
     rows, dim = x.shape[:-1].numel(), x.shape[-1]
     if x.dtype != torch.float32 or not 1 <= rows <= MOST_TOKENS:
         raise Unserved(f"{list(x.shape)} numbers of {x.dtype}")
-    x = detached(x).contiguous()
-    y = torch.empty_like(x)
-    run("norms", n=rows, dim=dim, x=span(x), weight=vector(norm.weight), y=span(y), eps=norm.eps)
+    y = x.new_empty(x.shape)
+    run("norms", n=rows, dim=dim, x=x, weight=vector(norm.weight), y=span(y), eps=norm.eps)
     return y
 
 
@@ -32,24 +31,22 @@ def trained_norm_gradients(grad: Tensor, x: Tensor, weight: Tensor, inverse: Ten
     if grad.dtype != x.dtype or grad.shape != x.shape:
         raise Unserved(f"a gradient of {grad.dtype} and {list(grad.shape)}")
     dw = torch.empty_like(weight)
-    return _train(x, weight, inverse.contiguous(), detached(grad).contiguous(), dw), dw
+    return _train(x, weight, inverse.contiguous(), grad, dw), dw
 
 
 def _train(
     x: Tensor, weight: Tensor, inverse: Tensor, grad: Tensor | None = None, dw: Tensor | None = None, eps: float = 0.0
 ) -> Tensor:
     """Return the normed rows and write inverse, or return the gradient of x and write dw."""
-    known = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
-    if not known or not x.numel() or weight.shape != x.shape[-1:]:
-        raise Unserved(f"{list(x.shape)} numbers of {x.dtype}, a weight of {weight.dtype} and {list(weight.shape)}")
-    rows, y, weight = detached(x), x.new_empty(x.shape), detached(weight).contiguous()
-    rows = rows.flatten(0, -2) if x.dim() > 1 else rows[None]
-    (n, dim), size = rows.shape, x.element_size()
+    bf16 = is_bf16(x)
+    if weight.dtype != torch.float32 or not x.numel() or weight.shape != x.shape[-1:]:
+        raise Unserved(f"{list(x.shape)} numbers, and a weight of {weight.dtype} and {list(weight.shape)}")
+    rows, y = detached(x).reshape(-1, x.shape[-1]), x.new_empty(x.shape)
+    n, dim = rows.shape
     if rows.stride(1) != 1 or rows.stride(0) < dim or n == 1:  # else they may be apart in memory
         rows = rows.contiguous()
-    stride = size * (rows.stride(0) if n > 1 else dim)
-    sizes = {"n": n, "dim": dim, "bf16": x.dtype == torch.bfloat16, "backward": grad is not None, "eps": eps}
-    strided = {"x": memory(rows.data_ptr(), (n - 1) * stride + dim * size), "x_stride": stride}
-    spans = {"weight": weight, "inverse": inverse, "y": y, "dy": grad, "dw": dw}
-    run("trained_norm", **sizes, **strided, **{name: span(t) for name, t in spans.items()})
+    stride = x.element_size() * (rows.stride(0) if n > 1 else dim)
+    sizes = {"n": n, "dim": dim, "bf16": bf16, "backward": grad is not None, "eps": eps}
+    written = {"inverse": span(inverse), "y": span(y), "dw": span(dw)}
+    run("trained_norm", **sizes, **written, x=strided(rows), x_stride=stride, weight=weight, dy=grad)
     return y

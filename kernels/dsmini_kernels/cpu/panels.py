@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import memory, run, span
-from dsmini_kernels.cpu.steps import detached, has_bf16_units, weight_matrix
+from dsmini_kernels.cpu.calls import detached, is_bf16, run, span, strided
+from dsmini_kernels.cpu.steps import has_bf16_units, weight_matrix
 from dsmini_kernels.cpu.structs import LAYOUTS
 
 LEAST = 1 << 20
@@ -27,11 +27,8 @@ def experts(
     """
     if limit is not None:
         raise Unserved("a limit of SwiGLU")
-    sizes = _sizes(x, indices, weights, (w1, w2, w3))
-    x, weights = detached(x).contiguous(), detached(weights).contiguous()
-    indices = indices.to(torch.int64).contiguous()
-    y = torch.empty_like(x)
-    run("experts", **sizes, x=span(x), y=span(y), indices=span(indices), weights=span(weights))
+    y = x.new_empty(x.shape)
+    run("experts", **_operands(x, indices, weights, (w1, w2, w3)), y=span(y))
     return y
 
 
@@ -44,7 +41,7 @@ def trained_experts(
     """Return `experts`, and the results of w1 and w3 for each token-expert pair, sorted by expert."""
     made = {"y": x.new_empty(x.shape, dtype=x.dtype if limit is None else torch.float32)}
     made |= {name: x.new_empty(indices.numel(), w1.shape[1]) for name in ("gate", "up")}
-    _train(x, indices, weights, (w1, w2, w3), limit, made)
+    _train(x, indices, weights, (w1, w2, w3), limit, made, dy=None)
     return made["y"], made["gate"], made["up"]
 
 
@@ -63,10 +60,9 @@ def trained_experts_gradients(
     """Return the gradients of x, weights, w1, w2 and w3."""
     if grad.dtype != x.dtype or grad.shape != x.shape:
         raise Unserved(f"a gradient of {grad.dtype} and {list(grad.shape)}")
-    given = {name: detached(t).contiguous() for name, t in (("dy", grad), ("gate", gate), ("up", up))}
     leaves = {"dx": x, "dweights": weights, "dw1": w1, "dw2": w2, "dw3": w3}
-    made = {name: torch.empty_like(t, memory_format=torch.contiguous_format) for name, t in leaves.items()}
-    _train(x, indices, weights, (w1, w2, w3), limit, given | made)
+    made = {name: t.new_empty(t.shape) for name, t in leaves.items()}
+    _train(x, indices, weights, (w1, w2, w3), limit, made, dy=grad, gate=gate, up=up)
     return tuple(made.values())
 
 
@@ -76,28 +72,28 @@ def _train(
     weights: Tensor,
     matrices: tuple[Tensor, Tensor, Tensor],
     limit: float | None,
-    others: dict[str, Tensor],
+    made: dict[str, Tensor],
+    **others: Tensor | None,
 ) -> None:
-    """Run forward, or with `dy` among the other tensors backward."""
+    """Run forward, or with `dy` backward."""
     if any(w.dtype != torch.float32 or not w.is_contiguous() for w in matrices):
         raise Unserved("matrices that are not contiguous FP32")
-    fields = _sizes(x, indices, weights, matrices) | {"backward": "dy" in others}
-    fields["limit"] = math.inf if limit is None else limit
-    fields |= dict.fromkeys(("y", "dy", "dx", "dweights", "dw1", "dw2", "dw3"), b"")
-    others["x"], others["weights"] = detached(x).contiguous(), detached(weights).contiguous()
-    others["indices"] = indices.to(torch.int64).contiguous()
-    run("trained_experts", **fields | {name: span(t) for name, t in others.items()})
+    fields = dict.fromkeys(("y", "dx", "dweights", "dw1", "dw2", "dw3"), b"") | {k: span(t) for k, t in made.items()}
+    fields |= _operands(x, indices, weights, matrices) | others
+    run("trained_experts", **fields, backward=others["dy"] is not None, limit=math.inf if limit is None else limit)
 
 
-def _sizes(x: Tensor, indices: Tensor, weights: Tensor, matrices: Sequence[Any]) -> dict[str, Any]:
-    """Check experts' tensors, and return the sizes and the weights of their call."""
-    if x.dtype not in (torch.float32, torch.bfloat16) or weights.dtype != torch.float32:
-        raise Unserved(f"x of {x.dtype} and weights of {weights.dtype}")
-    (n, m), (e, f, _), k, is_bf16 = x.shape, matrices[0].shape, indices.shape[1], x.dtype == torch.bfloat16
+def _operands(x: Tensor, indices: Tensor, weights: Tensor, matrices: Sequence[Any]) -> dict[str, Any]:
+    """Check experts' tensors, and return the sizes and the operands of their call."""
+    bf16 = is_bf16(x)
+    if weights.dtype != torch.float32:
+        raise Unserved(f"weights of {weights.dtype}")
+    (n, m), (e, f, _), k = x.shape, matrices[0].shape, indices.shape[1]
     if 3 * indices.numel() * f * m < LEAST:
         raise Unserved
-    sizes = {"n": n, "dim": m, "inter": f, "experts": e, "k": k, "bf16": is_bf16}
-    return sizes | dict(zip(("w1", "w2", "w3"), map(weight_matrix, matrices), strict=True))
+    sizes = {"n": n, "dim": m, "inter": f, "experts": e, "k": k, "bf16": bf16}
+    operands = {"x": x, "indices": indices.to(torch.int64), "weights": weights}
+    return sizes | operands | dict(zip(("w1", "w2", "w3"), map(weight_matrix, matrices), strict=True))
 
 
 # attention
@@ -154,12 +150,9 @@ def _attend(
     """
     q, k, v = inputs
     (b, h, s, d), (groups, t), width = q.shape, k.shape[1:3], v.shape[3]
-    is_bf16, is_fp32 = q.dtype == torch.bfloat16, q.dtype == torch.float32
-    alike = all(x.dtype == q.dtype for x in (*inputs, *backward)) and k.shape == (b, groups, t, d)
-    fits = v.shape == (b, groups, t, width) and h % max(1, groups) == 0 and (t == s or not causal)
-    if not (is_fp32 or is_bf16):
-        raise Unserved(f"attention in {q.dtype}")
-    if not (alike and fits and scale > 0) or (is_bf16 and has_bf16_units()):
+    bf16 = is_bf16(*inputs, *backward)
+    fits = k.shape == (b, groups, t, d) and v.shape == (b, groups, t, width) and h % max(1, groups) == 0
+    if not (fits and scale > 0 and (t == s or not causal)) or (bf16 and has_bf16_units()):
         raise Unserved
     if not d * width or b * h * s * t * (d + width) < LEAST:
         raise Unserved
@@ -171,21 +164,19 @@ def _attend(
     y = backward[0] if backward else _heads(q, width)
     names = ("q", "k", "v_rows", "y", "dy", "dq", "dk", "dv")
     held = [x if x.stride(3) == 1 else x.contiguous() for x in map(detached, (*inputs, y, *backward[1:]))]
-    lse, mask = (None if x is None else x.contiguous() for x in (lse, mask))
     sizes = {"b": b, "h": h, "groups": groups, "s": s, "t": t, "d": d, "v": width, "causal": causal}
-    kinds = {"bf16": is_bf16, "backward": bool(backward)}
-    masked = {"mask": span(mask), "mask_batch": 0 if mask is None else len(mask)}
+    kinds = {"bf16": bf16, "backward": bool(backward)}
+    masked = {"mask": mask, "mask_batch": 0 if mask is None else len(mask)}
     rows = dict.fromkeys(names, b"") | dict(zip(names, map(_rows_of_heads, held), strict=False))
+    lse = None if lse is None else lse.contiguous()
     run("heads_attention", **sizes, **kinds, **masked, **rows, lse=span(lse), scale=scale)
     return y
 
 
 def _rows_of_heads(x: Tensor) -> bytes:
     """Return Heads: rows [b, h, rows, numbers] and their strides in bytes."""
-    size, strides = x.element_size(), x.stride()[:3]
-    last = sum((n - 1) * stride for n, stride in zip(x.shape[:3], strides, strict=True)) + x.shape[3]
-    batch, head, row = (size * stride for stride in strides)
-    return LAYOUTS["Heads"].pack(data=memory(x.data_ptr(), size * last), batch=batch, head=head, row=row)
+    batch, head, row = (x.element_size() * stride for stride in x.stride()[:3])
+    return LAYOUTS["Heads"].pack(data=strided(x), batch=batch, head=head, row=row)
 
 
 def _heads(like: Tensor, width: int) -> Tensor:

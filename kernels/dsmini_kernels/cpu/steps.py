@@ -7,13 +7,13 @@ import functools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved, entry_of
-from dsmini_kernels.cpu.calls import enter, memory, n_threads, run, span
+from dsmini_kernels.cpu.calls import detached, enter, is_bf16, n_threads, run, span, strided
 from dsmini_kernels.cpu.structs import CALLS, LAYOUTS, LIMITS
 
 MOST_TOKENS = LIMITS["MOST_TOKENS"]
@@ -25,18 +25,17 @@ SMALL = 1 << 15
 THREADED = 1 << 16
 """Number of multiplications from which two threads are faster than one, and the kernel is faster than torch's BF16
 product without BF16 units."""
-WEIGHT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float8_e4m3fn: 2}
-CODES_IN_BF16 = 3
-"""Type of codes whose products are in BF16."""
-CACHE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-KEY_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""Types of weights, of rows of a cache and of keys."""
+CACHE_TYPES = NUMBER_TYPES | {torch.uint8: 2}
+CODE_TYPES = {("e4m3", (128, 128), torch.float32): 2}
+"""Types of weights in codes, by their format, tile and dtype of scales. The next number is that of codes whose products
+are in BF16."""
 FP8_KEYS, FP4_KEYS = 2, 3
 """Types of rows that stand for keys, in key_rows.h."""
 SCORES = {"sigmoid": 0, "softmax": 1, "sqrtsoftplus": 2}
 STEPS = ("attention", "grouped_attention", "feed_forward", "compressed_attention", "stream_step")
-STEP_HEADERS = {
-    function: LAYOUTS["StepHeader"].pack(kind=kind, bytes=CALLS[function].size) for kind, function in enumerate(STEPS)
-}
+STEP_HEADERS = {name: LAYOUTS["StepHeader"].pack(kind=kind, bytes=CALLS[name].size) for kind, name in enumerate(STEPS)}
 """Functions that `blocks` calls, and what stands there before their calls. Kinds are StepKind's, in calls.h."""
 ATTENTION_STEP, FEED_FORWARD_STEP = LAYOUTS["AttentionStep"], LAYOUTS["FeedForwardStep"]
 COMPRESSED_STEP = LAYOUTS["CompressedStep"]
@@ -54,20 +53,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 def quantized_linear(x: Tensor, weight: Any) -> Tensor:
     """Return x W^T, with a weight that may be codes. Sums are FP32."""
-    if x.dtype not in (torch.float32, torch.bfloat16) or not x.dim():
-        raise Unserved(f"x of {x.dtype}")
-    rows = x.shape[:-1].numel()
-    if rows < 1:
+    bf16 = is_bf16(x)
+    if not x.numel() or not x.dim():
         raise Unserved
-    x = detached(x).contiguous()
     w = weight_matrix(weight, x.dtype)
-    if x.shape[-1] == 0:
-        raise Unserved
     if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
         raise Unserved(f"x of shape {list(x.shape)} for a weight of {list(weight.shape)}")
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    rows, y = x.shape[:-1].numel(), x.new_empty(*x.shape[:-1], weight.shape[0])
     threads = n_threads() if weight.shape.numel() * rows >= THREADED else 1
-    run("linear", threads=threads, n=rows, bf16=x.dtype == torch.bfloat16, x=span(x), y=span(y), w=w)
+    run("linear", threads=threads, n=rows, bf16=bf16, x=x, y=span(y), w=w)
     return y
 
 
@@ -124,9 +118,12 @@ class _Step:
     def __init__(self, x: Tensor, starts: Tensor | None, shape: Sequence[int]) -> None:
         (b, s), dim = shape, x.shape[-1]
         self.tokens = b * s
-        self.x = _states(x, self.tokens)
+        if x.dtype != torch.float32 or self.tokens > MOST_TOKENS:
+            raise Unserved(f"{list(x.shape)} tokens of {x.dtype}")
+        self.x = detached(x).contiguous()
         self.starts = None if starts is None else starts.to(torch.int64).contiguous()
-        self.held, self.angles, self.calls = list[Any](), None, list[tuple[str, bytes]]()
+        self.held, self.calls = list[Any](), list[tuple[str, bytes]]()
+        self.angles: tuple[Any, ...] = (None,)
         self.fields: dict[str, Any] = {"threads": n_threads(), "b": b, "s": s, "dim": dim, "starts": span(self.starts)}
         # states of one stream go from one half of a block to the next in turns; several streams stay where they are
         several = self.x.numel() > self.tokens * dim
@@ -137,10 +134,7 @@ class _Step:
 
     def run(self) -> Tensor:
         """Run all calls, one after another, and return the states after them."""
-        if len(self.calls) == 1:
-            enter(*self.calls[0])
-        else:
-            enter("blocks", b"".join(STEP_HEADERS[function] + call for function, call in self.calls))
+        enter("blocks", b"".join(STEP_HEADERS[function] + call for function, call in self.calls))
         return self.states if self.streams else self.states[(len(self.calls) - 1) % 2]
 
     def half(self, describe: Callable[..., tuple[str, bytes]], weights: Any, *others: Any) -> None:
@@ -172,39 +166,34 @@ class _Step:
         self, x: bytes, y: bytes, added: bool, weights: Any, cache: Any, cos_sin: tuple[Tensor, Tensor]
     ) -> tuple[str, bytes]:
         """Return the function and the call of an attention of any kind, from states at x to those at y."""
-        prepared = _prepared(weights, _prepare_attention)
+        function, prepared = _prepared(weights, _prepare_attention)
         store, fields = cache.store, self.fields
         fields["x"], fields["y"] = x, y
-        cos, _ = self.set_angles(cos_sin)
-        if prepared.function == "compressed_attention":
+        if self.angles[0] is not cos_sin:  # which most layers share
+            self.angles = cos_sin, *(t.float().contiguous() for t in cos_sin)
+            self.held.append(self.angles)
+            fields["cos"], fields["sin"] = map(span, self.angles[1:])
+        cos = self.angles[1]
+        if function == "compressed_attention":
             fields |= self.compressed(cache, cos.shape[-2]) | {"bf16": weights.dtype == torch.bfloat16, "added": added}
-            return prepared.function, COMPRESSED_STEP.pack_all(fields) + prepared.weights
+            return function, COMPRESSED_STEP.pack_all(fields) + prepared
         fields["room"], fields["cos_sin_batch"] = store.data.shape[1], cos.shape[0] if cos.dim() == 3 else 1
-        _set_cache(fields, "cache", store.data, 2 if prepared.function == "grouped_attention" else 3)
+        _set_cache(fields, "cache", store.data, 2 if function == "grouped_attention" else 3)
         _set_cache(fields, "index_cache", None if store.index is None else store.index.data, 2)
-        return prepared.function, ATTENTION_STEP.pack_all(fields) + prepared.weights
+        return function, ATTENTION_STEP.pack_all(fields) + prepared
 
     def feed_forward(
         self, x: bytes, y: bytes, added: bool, weights: Any, routing: Sequence[Tensor], tokens: Tensor | None
     ) -> tuple[str, bytes]:
         """Return the function and the call of a feed-forward, from states [n, m] at x to those at y."""
-        prepared = _prepared(weights, _prepare_feed_forward)
+        function, prepared = _prepared(weights, _prepare_feed_forward)
         ids = None if tokens is None else tokens.to(torch.int64).contiguous()
         self.held.append(ids)
         indices, scales, scores, counts = map(span, routing) if routing else (b"",) * 4
         fields = {"threads": self.fields["threads"], "n": self.tokens, "dim": self.fields["dim"], "x": x, "y": y}
         fields |= {"indices": indices, "weights": scales, "scores": scores, "counts": counts}
         fields |= {"tokens": span(ids), "added": added}
-        return prepared.function, FEED_FORWARD_STEP.pack_all(fields) + prepared.weights
-
-    def set_angles(self, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Set the fields of cos and sin, which most layers share."""
-        if self.angles is None or self.angles[0] is not cos_sin:
-            cos, sin = (t.float().contiguous() for t in cos_sin)
-            self.angles = cos_sin, cos, sin
-            self.held.append(self.angles)
-            self.fields["cos"], self.fields["sin"] = span(cos), span(sin)
-        return self.angles[1:]
+        return function, FEED_FORWARD_STEP.pack_all(fields) + prepared
 
     def compressed(self, cache: Any, positions: int) -> dict[str, Any]:
         """Return the fields of V4's attention: its stores, and the number of tokens among the columns of each row."""
@@ -230,9 +219,7 @@ def _block_rows(store: Any) -> bytes:
     if store is None or store.raw is None:
         return b""
     raw = store.raw.data
-    if raw.dtype != torch.float32 or not raw.is_contiguous():
-        raise Unserved(f"raw rows of {raw.dtype}")
-    return LAYOUTS["BlockRows"].pack(made=_ring(store.entries), raw=span(raw), raw_places=raw.shape[1])
+    return LAYOUTS["BlockRows"].pack(made=_ring(store.entries), raw=vector(raw), raw_places=raw.shape[1])
 
 
 def key_rows(rows: Any, n: int) -> tuple[Tensor, bytes]:
@@ -241,18 +228,17 @@ def key_rows(rows: Any, n: int) -> tuple[Tensor, bytes]:
     Raises: Unserved for numbers in another format.
     """
     data = detached(rows if isinstance(rows, Tensor) else rows.data)
-    if data.dim() != 3 or data.stride(2) != 1 or min(data.stride()[:2]) < 0:
+    if data.stride(2) != 1:
         data = data.contiguous()
     codes = tile = 0
     if data.dtype != torch.uint8 or isinstance(rows, Tensor):
-        kind = entry_of(KEY_TYPES, data.dtype, "rows of")
+        kind = entry_of(NUMBER_TYPES, data.dtype, "rows of")
     else:
         kind, codes, tile = _codes_of(rows.codec)
     size = data.element_size()
     batch, row = (size * data.stride(i) if data.shape[i] > 1 else 0 for i in (0, 1))
     row = row or size * data.shape[2]
-    nbytes = max(0, (len(data) - 1) * batch + (n - 1) * row + size * data.shape[2]) if n else 0
-    at = memory(data.data_ptr(), nbytes)
+    at = strided(data)
     return data, LAYOUTS["KeyRows"].pack(data=at, type=kind, count=n, batch=batch, row=row, codes=codes, tile=tile)
 
 
@@ -263,13 +249,6 @@ def _codes_of(codec: Any) -> tuple[int, int, int]:
     if codec.stored != torch.float8_e8m0fnu:
         raise Unserved(f"rows in FP8 with scales in {codec.stored}")
     return FP8_KEYS, codec.unrotated, codec.tile
-
-
-def _states(x: Tensor, tokens: int) -> Tensor:
-    """Return the hidden states of a decoding step as the C++ reads them."""
-    if x.dtype != torch.float32 or tokens > MOST_TOKENS:
-        raise Unserved(f"{list(x.shape)} tokens of {x.dtype}")
-    return detached(x).contiguous()
 
 
 def _set_cache(fields: dict[str, Any], name: str, data: Tensor | None, types: int) -> None:
@@ -286,7 +265,8 @@ def _set_cache(fields: dict[str, Any], name: str, data: Tensor | None, types: in
 
 def _routings(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
     """Return memory for the indices, weights, scores and counts of n tokens, for each of these feed-forwards."""
-    sizes = {(p.experts, p.topk) for p in (_prepared(w, _prepare_feed_forward) for w in gated)}
+    gates = [w.layer.gate for w in gated if "gate" in w.weights]
+    sizes = {(len(gate.weight), gate.options["n_activated_experts"]) for gate in gates}
     if len(sizes) > 1:
         raise Unserved("blocks with different numbers of experts")
     (e, k), count = sizes.pop() if sizes else (0, 0), len(gated)
@@ -295,17 +275,8 @@ def _routings(gated: Sequence[Any], n: int) -> list[tuple[Tensor, ...]]:
     return [*zip(*(t.unbind() for t in of_all), strict=True)]
 
 
-class Prepared(NamedTuple):
-    """The part of a call that is the same in all steps. StepWeights keep the tensors where they are."""
-
-    function: str
-    weights: bytes
-    experts: int = 0
-    topk: int = 0
-
-
-def _prepared(weights: Any, prepare: Callable[[Any], Prepared]) -> Prepared:
-    """Return what is prepared of weights, made again if their memory is elsewhere.
+def _prepared(weights: Any, prepare: Callable[[Any], tuple[str, bytes]]) -> tuple[str, bytes]:
+    """Return a layer's function and what its call has in all steps, made again if the weights' memory is elsewhere.
 
     share_memory() moves all of a model within its tensors, and torch.multiprocessing calls it for what it sends.
     """
@@ -316,14 +287,17 @@ def _prepared(weights: Any, prepare: Callable[[Any], Prepared]) -> Prepared:
     return weights.prepared[place]
 
 
-def _prepare_attention(weights: Any) -> Prepared:
+def _prepare_attention(weights: Any) -> tuple[str, bytes]:
     """Describe an attention's weights to the C++."""
-    kind, describe = "attention", _mla_weights
-    if "wk" in weights.weights:
+    kind, describe, w = "attention", _mla_weights, weights.weights
+    if "wk" in w:
         kind, describe = "grouped_attention", _grouped_weights
-    elif "wkv" in weights.weights:
+    elif "wkv" in w:
         kind, describe = "compressed_attention", _compressed_weights
-    return Prepared(kind, describe(weights, weights.layer, weights.weights))
+    both = [w[name] for name in ("wq_b", "wq", "indexer.wq_b") if name in w]
+    if len({_weight_type(queries, weights.dtype) for queries in both}) > 1:
+        raise Unserved("queries of attention and of its indexer from weights of different types")
+    return kind, describe(weights, weights.layer, w)
 
 
 def _grouped_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
@@ -341,7 +315,6 @@ def _grouped_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
 
 
 def _mla_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
-    wq_b = w["wq_b" if "wq_b" in w else "wq"]
     return LAYOUTS["MlaWeights"].pack(
         heads=layer.n_heads,
         nope=layer.qk_nope_head_dim,
@@ -353,19 +326,17 @@ def _mla_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
         q_norm=vector(w.get("q_norm")),
         kv_norm=vector(w["kv_norm"]),
         wq_a=matrix(w.get("wq_a"), weights.dtype),
-        wq_b=matrix(wq_b, weights.dtype),
+        wq_b=matrix(w["wq_b" if "wq_b" in w else "wq"], weights.dtype),
         **{name: matrix(w[name], weights.dtype) for name in ("wkv_a", "wkv_b", "wo")},
         scale=layer.scale,
         eps=weights.norm.eps,
         q_eps=0.0 if layer.q_norm is None else layer.q_norm.eps,
         kv_eps=layer.kv_norm.eps,
-        index=_indexer_weights(weights, layer.indexer, w, wq_b) if "indexer.wk" in w else b"",
+        index=_indexer_weights(weights, layer.indexer, w) if "indexer.wk" in w else b"",
     )
 
 
-def _indexer_weights(weights: Any, indexer: Any, w: dict[str, Any], wq_b: Any) -> bytes:
-    if _weight_type(w["indexer.wq_b"], weights.dtype) != _weight_type(wq_b, weights.dtype):
-        raise Unserved("queries of MLA and of its indexer from weights of different types")
+def _indexer_weights(weights: Any, indexer: Any, w: dict[str, Any]) -> bytes:
     return LAYOUTS["Indexer"].pack(
         heads=indexer.n_heads,
         width=len(w["indexer.k_norm"]),
@@ -382,8 +353,6 @@ def _indexer_weights(weights: Any, indexer: Any, w: dict[str, Any], wq_b: Any) -
 
 def _compressed_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
     index = layer.indexer
-    if index is not None and _weight_type(w["indexer.wq_b"], weights.dtype) != _weight_type(w["wq_b"], weights.dtype):
-        raise Unserved("queries of attention and of its indexer from weights of different types")
     return LAYOUTS["CompressedWeights"].pack(
         heads=layer.n_heads,
         width=layer.head_dim,
@@ -425,19 +394,17 @@ def _compressor_weights(compressor: Any, name: str, w: dict[str, Any]) -> bytes:
     )
 
 
-def _prepare_feed_forward(weights: Any) -> Prepared:
+def _prepare_feed_forward(weights: Any) -> tuple[str, bytes]:
     """Describe a feed-forward's weights to the C++."""
     w, gated, names = weights.weights, "gate" in weights.weights, ("w1", "w2", "w3")
     dense = [w.get(f"shared_experts.{name}" if gated else name) for name in names]
     stacks = [w.get(f"experts.{name}") for name in names]
     for first, _, third in (dense, stacks):
-        if type(first) is not type(third) or (first is not None and first.dtype != third.dtype):
+        if first is not None and _weight_type(first, weights.dtype) != _weight_type(third, weights.dtype):
             raise Unserved("w1 and w3 of different types")
     options, table = weights.layer.gate.options if gated else {}, w.get("gate.tid2eid")
     limit = (weights.layer.experts if gated else weights.layer).limit
-    score = SCORES.get(options.get("score_func", "sigmoid"))
-    if score is None:
-        raise Unserved("a score function of its own")
+    score = entry_of(SCORES, options.get("score_func", "sigmoid"), "a score function of its own,")
     experts, expert_inter = stacks[0].shape[:2] if gated else (0, 0)
     topk = options.get("n_activated_experts", 0)
     if experts > LIMITS["MOST_EXPERTS"]:
@@ -464,16 +431,16 @@ def _prepare_feed_forward(weights: Any) -> Prepared:
         route_scale=options.get("route_scale", 1.0),
         limit=math.inf if limit is None else limit,
     )
-    return Prepared("feed_forward", packed, experts, topk)
+    return "feed_forward", packed
 
 
 def vector(x: Tensor | None) -> bytes:
-    """Return the Span of the weight of a norm or a gate.
+    """Return the Span of a tensor that is read or written where it lies, such as the weight of a norm or a gate.
 
     Raises: Unserved if it is not contiguous FP32.
     """
-    if x is not None and (x.dtype != torch.float32 or not x.is_contiguous() or not x.is_cpu):
-        raise Unserved(f"a norm or gate in {x.dtype} on {x.device}")
+    if x is not None and (x.dtype != torch.float32 or not x.is_cpu or not x.is_contiguous()):
+        raise Unserved(f"numbers in {x.dtype} on {x.device}, or numbers that are not contiguous")
     return span(x)
 
 
@@ -499,51 +466,31 @@ def matrix(weight: Any, dtype: torch.dtype = torch.float32) -> bytes:
     """
     if weight is None:
         return b""
-    data = weight if isinstance(weight, Tensor) else weight.codes
-    scales = None if isinstance(weight, Tensor) else weight.scales
+    data, scales = (weight, None) if isinstance(weight, Tensor) else weight.parts
     plain = type(data) in (Tensor, torch.nn.Parameter) and data.layout is torch.strided
-    if data.dtype not in WEIGHT_TYPES or not data.is_cpu or not plain:
+    if not data.is_cpu or not plain or not (scales is None or scales.is_contiguous()):
         raise Unserved(f"a weight of {data.dtype} on {data.device}, a {type(data).__name__}")
-    if (scales is None) == (data.dtype == torch.float8_e4m3fn):
-        raise Unserved(f"a weight of {data.dtype} {'without' if scales is None else 'with'} scales")
-    if scales is not None and (
-        weight.tile != (128, 128) or scales.dtype != torch.float32 or not scales.is_contiguous()
-    ):
-        raise Unserved(f"scales of {scales.dtype} for tiles of {weight.tile}")
     columns = data.shape[-1]
-    rows = data.numel() // max(1, columns)
     apart = data.dim() >= 2 and (data.shape[-2] < 2 or data.stride(-2) >= columns)
     if not apart or data.stride(-1) != 1 or (data.dim() > 2 and not data.is_contiguous()):
         raise Unserved(f"a weight with strides {list(data.stride())}")
-    size = data.element_size()
-    stride = size * (data.stride(-2) if data.shape[-2] > 1 else columns)
-    nbytes = int(data.untyped_storage().nbytes() - data.storage_offset() * size)
+    stride = data.stride(-2) if data.shape[-2] > 1 else columns
     return LAYOUTS["Matrix"].pack(
-        data=memory(data.data_ptr(), nbytes),
+        data=strided(data),
         type=_weight_type(weight, dtype),
-        rows=rows,
-        columns=columns,
-        stride=stride,
+        rows=weight.shape[:-1].numel(),
+        columns=weight.shape[-1],
+        stride=stride * data.element_size(),
         scales=span(scales),
     )
 
 
-def _weight_type(weight: Any, dtype: torch.dtype) -> int | None:
-    """Return the number of a weight's type, where products with codes are in this dtype."""
-    if isinstance(weight, Tensor) or dtype != torch.bfloat16:
-        return WEIGHT_TYPES.get(weight.dtype if isinstance(weight, Tensor) else weight.codes.dtype)
-    return CODES_IN_BF16
+def _weight_type(weight: Any, dtype: torch.dtype) -> int:
+    """Return the number of a weight's type, where products with codes are in this dtype.
 
-
-def detached(x: Tensor) -> Tensor:
-    """Return x as numbers in main memory.
-
-    Raises: Unserved where that is not all that it is.
+    Raises: Unserved for another dtype or format.
     """
-    if not x.is_cpu or x.layout is not torch.strided:
-        raise Unserved(f"a tensor on {x.device}")
-    if torch.is_autocast_enabled("cpu"):
-        raise Unserved("autocast, which changes dtypes")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise Unserved("kernels have no gradients, and this tensor wants one")
-    return x.resolve_neg()
+    if isinstance(weight, Tensor):
+        return entry_of(NUMBER_TYPES, weight.dtype, "a weight of")
+    kind = weight.format, weight.tile, weight.scales.dtype
+    return entry_of(CODE_TYPES, kind, "codes with the format, tile and scales") + (dtype == torch.bfloat16)

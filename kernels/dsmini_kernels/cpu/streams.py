@@ -4,11 +4,8 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import run, span
-from dsmini_kernels.cpu.steps import detached
-
-MOST_STREAMS = 16
-"""MOST_STREAMS of calls.h."""
+from dsmini_kernels.cpu.calls import is_bf16, run, span
+from dsmini_kernels.cpu.structs import LIMITS
 
 
 def read_streams(streams: Tensor, weights: Tensor) -> Tensor:
@@ -58,20 +55,19 @@ def _sum(
     """
     if mix is None:
         raise Unserved("streams that are not mixed")
-    (*batch, n_streams, dim), outputs, dtype = streams.shape, mix.shape[-1], streams.dtype
-    kinds = {"x": dtype, "output": dtype, "dy": dtype, "mix": torch.float32, "post": torch.float32}
-    shapes = {"mix": [*batch, n_streams, outputs], "output": [*batch, dim], "post": [*batch, outputs]}
-    given = {"x": streams, "output": output, "dy": grad, "mix": mix, "post": post}
-    held = {name: None if t is None else detached(t).contiguous() for name, t in given.items()}
-    if dtype not in (torch.float32, torch.bfloat16) or not streams.numel():
-        raise Unserved(f"{list(streams.shape)} numbers of {dtype}")
-    for name, t in held.items():
-        if t is not None and (t.dtype != kinds[name] or list(t.shape) != shapes.get(name, list(t.shape))):
+    bf16 = is_bf16(*(t for t in (streams, output, grad) if t is not None))
+    (*batch, n_streams, dim), outputs = streams.shape, mix.shape[-1]
+    operands = {"x": streams, "output": output, "mix": mix, "post": post, "dy": grad}
+    shapes = {"output": [*batch, dim], "mix": [*batch, n_streams, outputs], "post": [*batch, outputs]}
+    for name, shape in shapes.items():
+        t = operands[name]
+        if t is not None and (list(t.shape) != shape or (name != "output" and t.dtype != torch.float32)):
             raise Unserved(f"{name} {list(t.shape)} of {t.dtype}")
-    written = dict.fromkeys(("y", "dx", "doutput", "dmix", "dpost")) | made
-    n = streams.numel() // (n_streams * dim)
-    sizes = {"n": n, "streams": n_streams, "outputs": outputs, "dim": dim, "bf16": dtype == torch.bfloat16}
-    run("streams", **sizes, backward=grad is not None, **{name: span(t) for name, t in (held | written).items()})
+    if not streams.numel():
+        raise Unserved
+    sizes = {"n": streams.shape[:-2].numel(), "streams": n_streams, "outputs": outputs, "dim": dim, "bf16": bf16}
+    results = dict.fromkeys(("y", "dx", "doutput", "dmix", "dpost"), b"") | {name: span(t) for name, t in made.items()}
+    run("streams", **sizes, backward=grad is not None, **operands, **results)
 
 
 def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
@@ -86,10 +82,9 @@ def sinkhorn_gradients(grad: Tensor, logits: Tensor, iterations: int, eps: float
 
 def _sinkhorn(logits: Tensor, grad: Tensor | None, iterations: int, eps: float) -> Tensor:
     n = logits.shape[-1]
-    if logits.dtype != torch.float32 or not logits.numel() or n > MOST_STREAMS or iterations < 1:
+    if logits.dtype != torch.float32 or not logits.numel() or n > LIMITS["MOST_STREAMS"] or iterations < 1:
         raise Unserved(f"{iterations} iterations of {list(logits.shape)} numbers of {logits.dtype}")
-    logits, grad = detached(logits).contiguous(), None if grad is None else detached(grad).contiguous()
-    y = torch.empty_like(logits)
+    y = logits.new_empty(logits.shape)
     sizes = {"n": logits.numel() // (n * n), "n_streams": n, "iterations": iterations, "backward": grad is not None}
-    run("sinkhorn", **sizes, logits=span(logits), dy=span(grad), y=span(y), eps=eps)
+    run("sinkhorn", **sizes, logits=logits, dy=grad, y=span(y), eps=eps)
     return y

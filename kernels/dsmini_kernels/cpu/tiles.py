@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved, entry_of
-from dsmini_kernels.cpu.calls import library, memory, run, span
+from dsmini_kernels.cpu.calls import library, run, span, strided
 
 QUANTIZE, DEQUANTIZE, QUANTIZE_DEQUANTIZE = range(3)
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -27,7 +27,7 @@ def quantize(x: Tensor, tile: tuple[int, int], scale: str, format: str, amax_min
     *batch, r, c = x.shape
     codes = torch.empty((*batch, r, -(-c // 8) * 12) if f == PACKED else x.shape, dtype=CODES[f], device="cpu")
     scales = torch.empty((*batch, *_tiles(r, c, tile)), dtype=torch.float32, device="cpu")
-    _call(QUANTIZE, x, TYPES[x.dtype], c, codes, 0, scales, tile, f, entry_of(SCALES, scale, "scale"), amax_min)
+    _call(QUANTIZE, x, codes, c, scales, tile, f, entry_of(SCALES, scale, "scale"), amax_min)
     return codes, scales
 
 
@@ -39,7 +39,7 @@ def dequantize(
     dtype: torch.dtype = torch.float32,
     columns: int | None = None,
 ) -> Tensor:
-    f, out_type = entry_of(FORMATS, format, "format"), entry_of(TYPES, dtype, "output")
+    f = entry_of(FORMATS, format, "format")
     codes = _plain(codes, (CODES[f], torch.uint8))
     *batch, r, last = codes.shape
     c = last if columns is None else columns
@@ -49,7 +49,7 @@ def dequantize(
     if scales.shape != (*batch, *_tiles(r, c, tile)):
         raise Unserved(f"scales of shape {list(scales.shape)} for {list(codes.shape)}")
     out = torch.empty((*batch, r, c), dtype=dtype, device="cpu")
-    _call(DEQUANTIZE, codes, 0, c, out, out_type, scales, tile, f, 0, 0.0)
+    _call(DEQUANTIZE, codes, out, c, scales, tile, f)
     return out
 
 
@@ -62,15 +62,14 @@ def quantize_dequantize(
     dtype: torch.dtype,
     ends: Tensor | None = None,
 ) -> Tensor:
-    x, f, out_type = _plain(x, TYPES), entry_of(FORMATS, format, "format"), entry_of(TYPES, dtype, "output")
+    x, f = _plain(x, TYPES), entry_of(FORMATS, format, "format")
     _tiles(1, 1, tile)
     if ends is not None:
         if not ends.is_cpu or ends.dim() != 1 or x.dim() != 2 or ends.dtype not in (torch.int64, torch.int32):
             raise Unserved("`ends` must be integers of one dimension, and x a matrix")
         ends = ends.long().contiguous()
     out = torch.empty(x.shape, dtype=dtype, device="cpu")
-    scale_kind = entry_of(SCALES, scale, "scale")
-    _call(QUANTIZE_DEQUANTIZE, x, TYPES[x.dtype], x.shape[-1], out, out_type, None, tile, f, scale_kind, amax_min, ends)
+    _call(QUANTIZE_DEQUANTIZE, x, out, x.shape[-1], None, tile, f, entry_of(SCALES, scale, "scale"), amax_min, ends)
     return out
 
 
@@ -94,43 +93,34 @@ def _tiles(r: int, c: int, tile: tuple[int, int]) -> tuple[int, int]:
 def _call(
     operation: int,
     x: Tensor,
-    in_type: int,
-    columns: int,
     out: Tensor,
-    out_type: int,
+    columns: int,
     scales: Tensor | None,
     tile: tuple[int, int],
     format: int,
-    scale: int,
-    amax_min: float,
+    scale: int = 0,
+    amax_min: float = 0.0,
     ends: Tensor | None = None,
 ) -> None:
     if not -LARGEST < amax_min < LARGEST:
         raise Unserved(f"amax_min={amax_min}")
-    *batch, rows, last = x.shape
-    if x.dim() == 2:
-        batches, batch_stride = 1, 0
-    elif x.dim() == 3:
-        batches, batch_stride = batch[0], x.stride(0)
-    else:  # contiguous, by _plain
-        batches, batch_stride = x.numel() // max(1, rows * last), rows * last
-    held = int(x.untyped_storage().nbytes() - x.storage_offset() * x.itemsize)
+    x = x.reshape(x.shape[:-2].numel(), *x.shape[-2:])
     run(
         "tiles",
         operation=operation,
         threads=torch.get_num_threads() if out.numel() >= THREADED else 1,
-        in_type=in_type,
-        out_type=out_type,
+        in_type=0 if operation == DEQUANTIZE else TYPES[x.dtype],
+        out_type=0 if operation == QUANTIZE else entry_of(TYPES, out.dtype, "output"),
         format=format,
         powers_of_two=scale,
-        batch=batches,
-        rows=rows,
+        batch=len(x),
+        rows=x.shape[1],
         columns=columns,
         tile_rows=tile[0],
         tile_columns=tile[1],
-        x=memory(x.data_ptr(), held),
-        batch_stride=batch_stride,
-        row_stride=x.stride(-2),
+        x=strided(x),
+        batch_stride=x.stride(0),
+        row_stride=x.stride(1),
         out=span(out),
         scales=span(scales),
         ends=span(ends),

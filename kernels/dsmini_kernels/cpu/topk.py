@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dsmini_kernels import Unserved
-from dsmini_kernels.cpu.calls import memory, n_threads, run, span
-from dsmini_kernels.cpu.steps import MOST_TOKENS, THREADED, detached, has_bf16_units, key_rows, quantized_linear
+from dsmini_kernels.cpu.calls import detached, is_bf16, n_threads, run, span, strided
+from dsmini_kernels.cpu.steps import MOST_TOKENS, THREADED, has_bf16_units, key_rows, quantized_linear
 from dsmini_kernels.cpu.structs import LIMITS
 
 
@@ -15,17 +15,15 @@ def topk_keys(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tensor) ->
     """Return the places of the topk largest scores of each query in order, and -1 where it sees fewer keys."""
     (b, s, heads, width), t = q.shape, k.shape[1]
     topk = min(topk, t)
-    bf16 = _is_bf16(q, k)
+    bf16 = is_bf16(q, k)
     if weights.dtype != torch.float32 or mask.dtype != torch.bool or not b * s * heads * width * topk:
         raise Unserved(f"weights of {weights.dtype}, and {b} x {s} queries for {topk} keys")
-    with torch.no_grad():
-        q, weights, mask = (detached(x).contiguous() for x in (q, weights, mask))
-        k, k_span, k_stride = _batches(k)
     topk_indices = torch.empty(b, s, topk, dtype=torch.int64, device="cpu")
     sizes = {"b": b, "s": s, "t": t, "heads": heads, "width": width, "topk": topk, "bf16": bf16}
-    masked = {"mask": span(mask), "mask_batch": len(mask)}
-    keys = {"k": k_span, "k_stride": k_stride}
-    run("topk_keys", **sizes, **keys, **masked, q=span(q), weights=span(weights), topk_indices=span(topk_indices))
+    operands = {"q": q, "weights": weights, "mask": mask, "mask_batch": len(mask)}
+    with torch.no_grad():  # places have no gradient
+        k, k_span, k_stride = _batches(k)
+        run("topk_keys", **sizes, **operands, k=k_span, k_stride=k_stride, topk_indices=span(topk_indices))
     return topk_indices
 
 
@@ -37,17 +35,16 @@ def topk_attention(
     A CPU without products of BF16 numbers takes them as FP32.
     """
     (b, s, heads, _), (t, width), latent, k = q_nope.shape, rows.shape[1:], w_uk.shape[2], topk_indices.shape[2]
-    bf16 = _is_bf16(q_nope, q_rope, rows, w_uk, w_uv)
+    bf16 = is_bf16(q_nope, q_rope, rows, w_uk, w_uv)
     if not b * s * heads * latent * k:
         raise Unserved
-    q_nope, q_rope, w_uk, w_uv, topk_indices = (detached(x) for x in (q_nope, q_rope, w_uk, w_uv, topk_indices))
+    q_nope, q_rope, w_uk, w_uv = (detached(x) for x in (q_nope, q_rope, w_uk, w_uv))
     rows, rows_span, rows_stride = _batches(rows)
     q = torch.cat((_of_each_head(q_nope, w_uk), q_rope), -1)
-    topk_indices = topk_indices.contiguous()
     out = q.new_empty(b, s, heads, latent)
     sizes = {"b": b, "s": s, "t": t, "heads": heads, "width": width, "latent": latent, "k": k, "bf16": bf16}
-    stored = {"rows": rows_span, "rows_stride": rows_stride, "topk_indices": span(topk_indices)}
-    run("topk_attention", **sizes, **stored, q=span(q), out=span(out), scale=scale)
+    stored = {"rows": rows_span, "rows_stride": rows_stride, "topk_indices": topk_indices}
+    run("topk_attention", **sizes, **stored, q=q, out=span(out), scale=scale)
     return _of_each_head(out, w_uv).reshape(b, s, heads * w_uv.shape[2])
 
 
@@ -63,23 +60,20 @@ def entry_attention(
 ) -> Tensor:
     """Return attention of few queries to rows of the window, and to entries as a cache stores them, with a sink."""
     (b, s, heads, width), n = q.shape, hidden.shape[2]
-    bf16 = _is_bf16(q, near)
+    bf16 = is_bf16(q, near)
     if not q.numel() or b * s > MOST_TOKENS or (chosen is not None and not chosen.numel()):
         raise Unserved
     if width > LIMITS["MOST_WIDTH"] or sink.dtype != torch.float32:
         raise Unserved(f"rows of {width} numbers, and a sink of {sink.dtype}")
-    q, masked, hidden, sink = (detached(x).contiguous() for x in (q, masked, hidden, sink))
-    chosen = None if chosen is None else detached(chosen).contiguous()
     held = [key_rows(near, near.shape[1]), key_rows(entries, n)]
-    out = torch.empty_like(q)
-    k = 0 if chosen is None else chosen.shape[2]
+    out, k = q.new_empty(q.shape), 0 if chosen is None else chosen.shape[2]
     threads = n_threads() if q.numel() * (near.shape[1] + (k or n)) >= THREADED else 1
     run(
         "entry_attention",
         **{"threads": threads, "b": b, "s": s, "heads": heads, "width": width, "bf16": bf16},
-        **{"near": held[0][1], "entries": held[1][1], "k": k},
-        **{"masked": span(masked), "masked_batch": len(masked), "hidden": span(hidden), "hidden_batch": len(hidden)},
-        **{"q": span(q), "chosen": span(chosen), "sink": span(sink), "out": span(out), "scale": scale},
+        **{"near": held[0][1], "entries": held[1][1], "chosen": chosen, "k": k},
+        **{"masked": masked, "masked_batch": len(masked), "hidden": hidden, "hidden_batch": len(hidden)},
+        **{"q": q, "sink": sink, "out": span(out), "scale": scale},
     )
     return out
 
@@ -97,20 +91,10 @@ def _of_each_head(x: Tensor, w: Tensor) -> Tensor:
     return y.transpose(0, 1).unflatten(0, x.shape[:2]).to(x.dtype)
 
 
-def _is_bf16(first: Tensor, *others: Tensor) -> bool:
-    """Return True for tensors in BF16, and False for tensors in FP32."""
-    dtypes = {first.dtype, *(x.dtype for x in others)}
-    if len(dtypes) > 1 or first.dtype not in (torch.float32, torch.bfloat16):
-        raise Unserved(f"tensors in {', '.join(map(str, dtypes))}")
-    return first.dtype == torch.bfloat16
-
-
 def _batches(x: Tensor) -> tuple[Tensor, bytes, int]:
     """Return rows [b, t, width] with contiguous batches, their Span, and the bytes from batch to batch."""
     x = detached(x)
     b, t, width = x.shape
     if x.stride(2) != 1 or x.stride(1) != width or (b > 1 and x.stride(0) < t * width):
         x = x.contiguous()
-    stride = x.stride(0) if b > 1 else t * width
-    size = x.element_size()
-    return x, memory(x.data_ptr(), size * ((b - 1) * stride + t * width)), size * stride
+    return x, strided(x), x.element_size() * (x.stride(0) if b > 1 else t * width)
