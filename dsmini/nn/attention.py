@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.cache import CacheDtype, LayerCache, LayerCacheView
-from dsmini.nn.layers import Projection, RMSNorm, at_least_fp32, make_linear, output_linear, quantize_once
+from dsmini.nn.layers import Projection, RMSNorm, at_least_fp32, make_linear, normed, output_linear, quantize_once
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 
 Mask = Callable[[Tensor, Tensor], Tensor]
@@ -245,8 +245,7 @@ class Attention(nn.Module):
         x = quantize_once(x, self.wq, self.wk, self.wv)
         q = apply_rope(rearrange(self.wq(x), "b s (h d) -> b s h d", h=self.n_heads), cos_sin)
         k = apply_rope(rearrange(self.wk(x), "b s (g d) -> b s g d", g=self.n_kv_heads), cos_sin)
-        if self.q_head_norm is not None and self.k_head_norm is not None:
-            q, k = self.q_head_norm(q), self.k_head_norm(k)
+        q, k = normed(self.q_head_norm, q), normed(self.k_head_norm, k)
         # 2. rows as they are cached, keys and values of all heads side by side: [b, s, g d] and [b, s, g v]
         q, k, v = q.transpose(1, 2), k.flatten(2), self.wv(x)
         if context.cache is not None:

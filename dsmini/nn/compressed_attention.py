@@ -323,16 +323,12 @@ class EntryIndexer(Indexer):
         keys = self.keys(x, of_blocks, blocks, cache)
         return Index(self.queries(latent, cos_sin), keys, self.head_weights(x))
 
-    def index(
-        self,
-        x: Float[Tensor, "b s m"],
-        latent: Float[Tensor, "b s l"],
-        context: Context,
-        rope: Rope,
-        of_blocks: Any,
-        blocks: Blocks,
-    ) -> "Index | None":
-        """Return what chooses entries, or None where each query sees all; with a cache append the keys to it."""
+    def index(self, new: "New", rope: Rope, of_blocks: CosSin, blocks: Blocks) -> "Index | None":
+        """Return what chooses entries, or None where each query sees all; with a cache append the keys to it.
+
+        The output does not move the indexer, whose inputs are detached.
+        """
+        x, latent, context = new.x.detach(), new.latent.detach(), new.context
         cache, stage = context.cache and context.cache.index, context.stage
         longest = blocks.at.n_keys if cache is None else int(blocks.at.lengths.max())
         with torch.set_grad_enabled(stage is not None and torch.is_grad_enabled()):
@@ -374,6 +370,17 @@ class Entries(NamedTuple):
     """Choice among them; None: a query sees all up to its own position."""
 
 
+class New(NamedTuple):
+    """The new tokens of a call, as a layer attends to them."""
+
+    x: Float[Tensor, "b s m"]
+    latent: Float[Tensor, "b s l"]
+    """The normed compressed queries, of which the indexer makes its own."""
+    context: Context
+    starts: Int[Tensor, "b s"] | None
+    """document_starts; None: there is one document."""
+
+
 class Window:
     """A layer of the window alone: there are no entries."""
 
@@ -381,16 +388,9 @@ class Window:
         """Make the modules of a layer of this kind."""
         layer.compressor, layer.indexer = None, None
 
-    def entries(
-        self,
-        layer: "CompressedAttention",
-        x: Float[Tensor, "b s m"],
-        latent: Float[Tensor, "b s l"],
-        context: Context,
-        starts: Int[Tensor, "b s"] | None,
-    ) -> Entries:
+    def entries(self, layer: "CompressedAttention", new: New) -> Entries:
         """Return the entries of the new tokens or, with a cache, append them to it and return all."""
-        return Entries(x.new_zeros(len(x), 0, layer.head_dim), context.positions[:, :0], None)
+        return Entries(new.x.new_zeros(len(new.x), 0, layer.head_dim), new.context.positions[:, :0], None)
 
 
 class HCA(Window):
@@ -402,22 +402,13 @@ class HCA(Window):
         layer.compressor = Compressor(c, layer.m, layer.head_dim, overlap=self.overlap)
         layer.indexer = None
 
-    def entries(
-        self,
-        layer: "CompressedAttention",
-        x: Float[Tensor, "b s m"],
-        latent: Float[Tensor, "b s l"],
-        context: Context,
-        starts: Int[Tensor, "b s"] | None,
-    ) -> Entries:
-        blocks = blocks_of(context, layer.m, starts)
+    def entries(self, layer: "CompressedAttention", new: New) -> Entries:
+        x, context = new.x, new.context
+        blocks = blocks_of(context, layer.m, new.starts)
         first = context.positions.expand(len(blocks.ends), -1).gather(1, blocks.ends) + 1 - layer.m
         cos_sin = layer.rope.cos_sin(first)
-        # 1. the indexer's, which the output does not move
-        index = None
-        if layer.indexer is not None:
-            index = layer.indexer.index(x.detach(), latent.detach(), context, layer.rope, cos_sin, blocks)
-        # 2. and those that are read
+        # 1. the indexer's, and 2. those that are read
+        index = self.index(layer, new, cos_sin, blocks)
         rows = layer.key_value(layer.compressor(x, blocks, context.cache), cos_sin)
         if context.cache is None:
             is_block = blocks.at.is_token
@@ -428,6 +419,10 @@ class HCA(Window):
         # one block of queries reads what it needs; several of them read the same entries
         return Entries(store if x.shape[1] <= BLOCK else store.read(n, x.dtype), ends, index)
 
+    def index(self, layer: "CompressedAttention", new: New, cos_sin: CosSin, blocks: Blocks) -> Index | None:
+        """Return what chooses among entries; None: nothing does."""
+        return None
+
 
 class CSA(HCA):
     """Compressed sparse attention: entries overlap, and an indexer chooses among them."""
@@ -437,6 +432,9 @@ class CSA(HCA):
     def add_parts(self, layer: "CompressedAttention", c: ModelConfig) -> None:
         super().add_parts(layer, c)
         layer.indexer = EntryIndexer(c)
+
+    def index(self, layer: "CompressedAttention", new: New, cos_sin: CosSin, blocks: Blocks) -> Index | None:
+        return layer.indexer.index(new, layer.rope, cos_sin, blocks)
 
 
 KINDS: Mapping[int, type[Window]] = MappingProxyType({0: Window, CSA_RATIO: CSA})
@@ -525,7 +523,8 @@ class CompressedAttention(FP32Module):
         q = rotated(rms_norm(q, torch.ones(self.head_dim, device=q.device), self.eps), cos_sin)
         kv = self.key_value(self.kv_norm(self.wkv(codes)), cos_sin)
         # 2. attention: [b, s, h, d]
-        y, loss = self.attention(q, kv, x, latent, context)
+        starts = None if context.documents is None else document_starts(context.documents)
+        y, loss = self.attention(q, kv, New(x, latent, context, starts))
         # 3. the output of each group of heads, and of all: [b, s, g r] and [b, s, m]
         y = self.wo_b(self.grouped(rotated(y, (cos, -sin))))
         return y if loss is None else (y, loss)
@@ -549,79 +548,72 @@ class CompressedAttention(FP32Module):
         return rearrange(every.diagonal(dim1=-2, dim2=-1), "b s r g -> b s (g r)")
 
     def attention(
-        self,
-        q: Float[Tensor, "b s h d"],
-        kv: Float[Tensor, "b s d"],
-        x: Float[Tensor, "b s m"],
-        latent: Float[Tensor, "b s l"],
-        context: Context,
+        self, q: Float[Tensor, "b s h d"], kv: Float[Tensor, "b s d"], new: New
     ) -> tuple[Float[Tensor, "b s h d"], IndexerLoss | None]:
         """Attend; return the loss of the indexer too while it learns."""
-        (b, s), cache = q.shape[:2], context.cache
-        starts = None if context.documents is None else document_starts(context.documents)
+        (b, s), context, cache = q.shape[:2], new.context, new.context.cache
         # 1. rows of the window before the new tokens, and these, [b, w + s, d]; the entries, [b, n, d]
         if cache is not None:
             kv = stored(cache).window.extend(kv, cache.at, self.window_size - 1, kv.dtype)
-        entries = self.kind.entries(self, x, latent, context, starts)
+        entries = self.kind.entries(self, new)
+        index, learns = entries.index, context.stage is not None and entries.index is not None
         # 2. some queries at a time
         y, choices, others, blind = [], [], [], torch.zeros((), device=q.device)
         for start in range(0, max(1, s), BLOCK):  # no token at all is one empty part
             part = slice(start, min(start + BLOCK, s))
-            some, (near, masked) = q[:, part], self.window(kv, part, context, starts)
+            some, (near, masked) = q[:, part], self.window(kv, part, new)
             # 3. the entries that a query may not see, [#b, s, n], and those that it reads, [b, s, k]
-            hidden, chosen = self.hidden(entries.ends, part, context, starts), None
-            if self.indexer is not None and entries.index is not None and hidden.shape[2]:
-                chosen = imposed(entries.index.choose(part, self.indexer.topk, hidden), context, start)
-            if context.stage is not None or context.chosen is not None:
-                choices.append(chosen)
-            if context.stage is not None and self.indexer is not None:
+            hidden, chosen = self.hidden(entries.ends, part, new), None
+            if index is not None and hidden.shape[2]:
+                chosen = imposed(index.choose(part, self.indexer.topk, hidden), context, start)
+            choices.append(chosen)
+            if learns:
                 blind = blind + hidden.all(-1).expand(b, -1).sum()
                 others.append(lse_of_others(some, near, masked, self.attn_sink, self.scale))
             read = None if context.stage == "warmup" else chosen
             y.append(entry_attention(some, near, masked, entries.rows, hidden, read, self.attn_sink, self.scale))
         if context.chosen is not None and self.indexer is not None:
             context.chosen.append(joined(choices))
-        return torch.cat(y, 1), self.loss(q, entries, choices, others, blind, context, starts) if others else None
+        return torch.cat(y, 1), self.loss(q, entries, joined(choices), others, blind, new) if learns else None
 
     def loss(
         self,
         q: Float[Tensor, "b s h d"],
         entries: Entries,
-        choices: list[Any],
+        chosen: Int[Tensor, "b s k"] | None,
         others: list[Any],
         blind: Float[Tensor, ""],
-        context: Context,
-        starts: Int[Tensor, "b s"] | None,
+        new: New,
     ) -> IndexerLoss:
         """Compare the indexer with attention.
 
         Args:
-            choices, others: of each block of queries the chosen entries [b, q, k], and the log-sum-exp of each head's
-                logits of window and sink, [b, h, q].
+            chosen: entries of each query; None: there are none.
+            others: of each block of queries, the log-sum-exp of each head's logits of window and sink, [b, h, q].
             blind: number of queries that see no entry. Each agrees: no KL divergence, and mass 1.
         """
         (b, s), n = q.shape[:2], min(entries.ends.shape[1], q.shape[1] // self.m)
         sums = blind * torch.eye(4, device=q.device)[1]
-        chosen = joined(choices)
-        if n and entries.index is not None and context.stage is not None and chosen is not None:
+        if chosen is not None and entries.index is not None:
             index = entries.index._replace(keys=entries.index.keys[:, :n])
             main = q.detach(), entries.rows[:, :n].detach().unsqueeze(2), self.scale, chosen
 
             def hidden(start: int, stop: int) -> Any:
-                return self.hidden(entries.ends, slice(start, stop), context, starts)
+                return self.hidden(entries.ends, slice(start, stop), new)
 
             lse = torch.cat(others, 2)
-            sums = sums + indexer_agreement(*index, *main, hidden, context.stage, 0, lse, self.m)
+            sums = sums + indexer_agreement(*index, *main, hidden, new.context.stage, 0, lse, self.m)
         return mean_loss(sums, b * s)
 
     def window(
-        self, rows: Float[Tensor, "b t d"], part: slice, context: Context, starts: Int[Tensor, "b s"] | None
+        self, rows: Float[Tensor, "b t d"], part: slice, new: New
     ) -> tuple[Float[Tensor, "b w d"], Bool[Tensor, "#b q w"]]:
         """Return the rows in the windows of the new tokens in these columns, and True for those a query may not see.
 
         Args:
             rows: of the new tokens, after those before them that a cache has.
         """
+        context, starts = new.context, new.starts
         old = rows.shape[1] - context.positions.shape[1]
         first, stop = max(0, old + part.start - self.window_size + 1), old + part.stop
         keys = torch.arange(first, stop, device=rows.device)
@@ -630,29 +622,28 @@ class CompressedAttention(FP32Module):
         if context.cache is not None:  # rows before position 0 and those of padding are none
             at, b = context.cache.at, len(rows)
             before = at.positions[:, :1] >= torch.arange(old, 0, -1, device=rows.device)
-            new = torch.ones_like(at.positions, dtype=torch.bool) if at.is_token is None else at.is_token
-            is_row = torch.cat((before.expand(b, -1), new.expand(b, -1)), 1)
+            is_token = torch.ones_like(at.positions, dtype=torch.bool) if at.is_token is None else at.is_token
+            is_row = torch.cat((before.expand(b, -1), is_token.expand(b, -1)), 1)
             masked = masked | ~is_row[:, None, first:stop]
         if starts is not None:
             masked = masked | (keys < starts[:, part, None])
         return rows[:, first:stop], masked
 
-    def hidden(
-        self, ends: Int[Tensor, "#b n"], part: slice, context: Context, starts: Int[Tensor, "b s"] | None
-    ) -> Bool[Tensor, "#b q some"]:
+    def hidden(self, ends: Int[Tensor, "#b n"], part: slice, new: New) -> Bool[Tensor, "#b q some"]:
         """Return True for the entries that the queries in these columns may not see: those with a later token.
 
         An entry is seen from its last token on. It is of the query's document if that token is. Entries that end after
         all these queries are left out, as far as shapes alone tell.
         """
-        if context.cache is None or context.cache.at.all_new:
+        cache = new.context.cache
+        if cache is None or cache.at.all_new:
             ends = ends[:, : part.stop // max(1, self.m)]
-        if context.cache is None:
+        if cache is None:
             positions = torch.arange(part.start, part.stop, device=ends.device)[None]
         else:
-            positions = context.cache.at.positions[:, part]
+            positions = cache.at.positions[:, part]
         hidden = ends[:, None] > positions[..., None]
-        return hidden if starts is None else hidden | (ends[:, None] < starts[:, part, None])
+        return hidden if new.starts is None else hidden | (ends[:, None] < new.starts[:, part, None])
 
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> CompressedCache:
         """Return the layer's empty cache."""

@@ -202,6 +202,11 @@ class RMSNorm(Norm):
         return rms_norm(x, self.weight, self.eps)
 
 
+def normed(norm: nn.Module | None, x: Float[Tensor, "*batch m"]) -> Float[Tensor, "*batch m"]:
+    """Return norm(x); x itself in a model without this norm."""
+    return x if norm is None else norm(x)
+
+
 class LayerNorm(Norm):
     """(x - mean(x)) / sqrt(var(x) + eps) * weight + bias, computed in FP32, returned in x's dtype.
 

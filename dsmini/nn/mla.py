@@ -27,7 +27,16 @@ from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.attention import Context, Mask, attend, context_of
 from dsmini.nn.cache import CacheDtype, ChosenForm, LayerCache, LayerCacheView, Rows
 from dsmini.nn.codec import latent_row
-from dsmini.nn.layers import Projection, RMSNorm, at_least_fp32, is_plain, make_linear, output_linear, quantize_once
+from dsmini.nn.layers import (
+    Projection,
+    RMSNorm,
+    at_least_fp32,
+    is_plain,
+    make_linear,
+    normed,
+    output_linear,
+    quantize_once,
+)
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 from dsmini.numerics import QuantizedTensor
 
@@ -127,7 +136,7 @@ class MLA(nn.Module):
             context = context_of(x, self.dim, context, mask)
         cos_sin = context.cos_sin(self.rope)
         # 1. queries, and what they are made of: [b, s, h, n + r] and [b, s, l]
-        codes = quantize_once(x, self.wkv_a, self.wq if self.wq_a is None else self.wq_a)
+        codes = quantize_once(x, self.wkv_a, self.wq or self.wq_a)
         latent = self.query_latent(codes)
         q = self.queries(latent, cos_sin)
         # 2. latent and rotary key, which are cached: [b, s, c] and [b, s, r]
@@ -158,8 +167,7 @@ class MLA(nn.Module):
         c_kv, k_rope = new if context.cache is None else context.cache.extend(new, q.dtype)
         # keys and values of every head: [b, t, h, n + r] and [b, t, h, v]
         k, v = self.keys_and_values(c_kv, k_rope)
-        if self.q_head_norm is not None and self.k_head_norm is not None:
-            q, k = self.q_head_norm(q), self.k_head_norm(k)
+        q, k = normed(self.q_head_norm, q), normed(self.k_head_norm, k)
         q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
         y = attend(q, k, v, self.scale, context, self.mask)
         return rearrange(y, "b h s v -> b s (h v)")

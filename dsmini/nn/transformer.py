@@ -20,7 +20,7 @@ from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy, MTPCache, check
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.first_values import drawn_by_name, reset_by_name
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
-from dsmini.nn.layers import Embedding, FP32Product, Linear, RMSNorm, at_least_fp32, check_ids, is_plain
+from dsmini.nn.layers import Embedding, FP32Product, Linear, RMSNorm, at_least_fp32, check_ids, is_plain, normed
 from dsmini.nn.mtp import MTPChain
 from dsmini.nn.residual import head_of
 
@@ -289,7 +289,7 @@ class Transformer(nn.Module):
             )
         x = self.embed(tokens)
         x = x if self.compute_dtype is None else x.to(self.compute_dtype)
-        return x if self.embed_norm is None else self.embed_norm(x)
+        return normed(self.embed_norm, x)
 
     def run(
         self,
