@@ -1,105 +1,30 @@
 """Configs as others publish them: Hugging Face's config.json, and the JSON of DeepSeek's inference code.
 
-No other file spells Hugging Face's keys. The keys of the second are the fields of DeepSeek's ModelArgs, whose defaults
-are in model_args.toml.
+Hugging Face's keys, with our names and the values that dsmini honours, are in published.toml; no other file than these
+two spells them. The keys of the second are the fields of DeepSeek's ModelArgs, whose defaults are in model_args.toml.
 """
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsmini.config.fields import refuse_unread, token_ids
 from dsmini.reading import brief, listed, read_toml
 
-Allowed = Mapping[str, tuple[Any, ...]]
+Allowed = Mapping[str, Sequence[Any]]
 """The values that each key may have, the usual one first."""
 
-# keys of config.json with the same name here
-_SAME = ("vocab_size", "n_routed_experts", "n_shared_experts", "topk_method", "norm_topk_prob", "rope_theta")
-_SAME += ("q_lora_rank", "qk_rope_head_dim")
-# theirs -> ours, for every config.json
-_EVERY = {name: name for name in _SAME} | {
-    "hidden_size": "dim",
-    "moe_intermediate_size": "moe_inter_dim",
-    "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads",
-    "num_experts_per_tok": "n_activated_experts",
-    "scoring_func": "score_func",
-    "routed_scaling_factor": "route_scale",
-    "max_position_embeddings": "max_seq_len",
-    "rms_norm_eps": "norm_eps",
-    "initializer_range": "init_std",
-    "num_nextn_predict_layers": "n_mtp_layers",
-    "num_mtp_layers": "n_mtp_layers",
-}
-# keys of deepseek_v32 and deepseek_v4, the same here
-_INDEXER = ("index_n_heads", "index_head_dim", "index_topk")
-# for models of MLA
-_CONFIG = _EVERY | {name: name for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim")}
-_CONFIG |= {"intermediate_size": "inter_dim", "first_k_dense_replace": "n_dense_layers"}
-_CONFIG |= {"n_group": "n_expert_groups", "topk_group": "n_limited_groups"}
-# for deepseek_v4, in the released spelling
-_V4 = _EVERY | {name: name for name in (*_INDEXER, "head_dim", "compress_ratios", "compress_rope_theta", "o_groups")}
-_V4 |= {name: name for name in ("o_lora_rank", "swiglu_limit", "hc_mult", "hc_sinkhorn_iters", "hc_eps")}
-_V4 |= {"sliding_window": "window_size", "num_hash_layers": "n_hash_layers"}
-# in transformers' spelling of it
-_V4_LISTS = {"layer_types", "mlp_layer_types", "compress_rates", "partial_rotary_factor"}
-_NOT_YARN = ("attention_factor", "partial_rotary_factor", "rope_theta")
-_LAYER_TYPES = ("sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention")
-# keys of deepseek_v32 that are there only where they are true: GLM's, and dsmini's own
-_INDEXER_SWITCHES = ("indexer_rope_interleave", "indexer_fp8")
-# all keys of deepseek_v32; the last two repeat others, as transformers writes them
-_SPARSE = {*_INDEXER, *_INDEXER_SWITCHES, "layer_types", "mlp_layer_types"}
-# keys of glm_moe_dsa: three spellings of indexer_types; and the reuse of a choice by an MTP block that drafts again,
-# where dsmini has a block for each draft
-_GLM = {"indexer_types", "index_topk_pattern", "index_topk_freq", "index_skip_topk_offset"}
-_GLM |= {"index_share_for_mtp_iteration"}
-_GLM_READ: Allowed = {"indexer_rope_interleave": (True,), "scoring_func": ("sigmoid",)}
-_YARN = {
-    "factor": "rope_factor",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "mscale": "mscale",
-    "mscale_all_dim": "mscale_all_dim",
-    "original_max_position_embeddings": "original_seq_len",
-}
-# keys with the only values that dsmini can honour, as it writes them
-_FIXED: Allowed = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "attention_dropout": (0.0,),
-    "tie_word_embeddings": (False,),
-    "moe_layer_freq": (1,),
-    "pretraining_tp": (1,),
-    "ep_size": (1,),
-}
-# the same, of keys that are only read
-_READ: Allowed = {"mlp_bias": (False,), "rope_interleave": (True,)}
-_V4_READ: Allowed = _READ | {
-    "num_key_value_heads": (1,),
-    "first_k_dense_replace": (0,),
-    "n_group": (1,),
-    "topk_group": (1,),
-    "expert_dtype": ("fp4", "fp8"),
-    "router_jitter_noise": (0.0,),
-}
-_FP8: Allowed = {
-    "quant_method": ("fp8",),
-    "fmt": ("e4m3",),
-    "weight_block_size": ([128, 128], (128, 128)),
-    "scale_fmt": ("ue8m0", "float"),
-    "expert_dtype": ("fp8", "fp4"),
-}
-# keys that do not change the model's output
-_SILENT = {
-    *("architectures", "model_type", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
-    *("torch_dtype", "dtype", "transformers_version", "num_key_value_heads", "qk_head_dim", "head_dim"),
-    *("aux_loss_alpha", "seq_aux", "output_router_logits", "quantization_config", "rope_scaling", "rope_parameters"),
-    *("_name_or_path", "num_local_experts", "router_aux_loss_coef"),
-    *("_attn_implementation_autoset", "unsloth_fixed", "unsloth_version"),
-}
+_NAMES, _VALUES, _KEYS = read_toml(Path(__file__).with_name("published.toml")).values()
+# theirs -> ours: for models of MLA, for deepseek_v4, and inside of rope_scaling
+_CONFIG: Mapping[str, str] = _NAMES["every"] | _NAMES["mla"]
+_V4: Mapping[str, str] = _NAMES["every"] | _NAMES["v4"]
+_YARN: Mapping[str, str] = _NAMES["yarn"]
+_FIXED: Allowed = _VALUES["written"]
+_READ: Allowed = _VALUES["read"]
+_V4_READ: Allowed = _VALUES["read"] | _VALUES["read_v4"]
+_INDEXER, _INDEXER_SWITCHES, _LAYER_TYPES = (_KEYS[name] for name in ("indexer", "indexer_switches", "layer_types"))
 LARGEST_DEPTH = 10_000
 """Number of layers up to which a list of them is made."""
 UNKNOWN_IDS = {"bos_token_id": None, "eos_token_id": None}
@@ -132,15 +57,17 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     quantized = raw.get("quantization_config")
     if quantized and not isinstance(quantized, dict):
         raise ValueError(f"{source} has quantization_config={brief(quantized)}; want a table of keys, or none")
-    _refuse_other({"quant_method": "unnamed", **quantized} if quantized else {}, _FP8, source, "quantization_config.")
+    stated = {"quant_method": "unnamed", **quantized} if quantized else {}
+    _refuse_other(stated, _VALUES["fp8"], source, "quantization_config.")
     if raw.get("eos_token_id") is not None:
         token_ids(raw["eos_token_id"], raw.get("vocab_size"), f"eos_token_id in {source}")
     if kind == "deepseek_v4":
         return _v4_from_json(raw, source)
     v2, glm = kind == "deepseek_v2", kind == "glm_moe_dsa"
     sparse = glm or kind == "deepseek_v32"
-    more_keys = _SPARSE | _GLM if glm else _SPARSE if sparse else set[str]()
-    refuse_unread(set(raw).difference(_CONFIG, _FIXED, _READ, _SILENT, more_keys), source)
+    of_sparse = (*_INDEXER, *_INDEXER_SWITCHES, *_KEYS["lists"]) if sparse else ()
+    of_glm = _KEYS["glm"] if glm else ()
+    refuse_unread(set(raw).difference(_CONFIG, _FIXED, _READ, _KEYS["silent"], of_sparse, of_glm), source)
     # DeepSeek's V2 leaves the factor out then, transformers does not normalise, vLLM does both
     _refuse_other(raw, {**_FIXED, **_READ} | ({"norm_topk_prob": (False,)} if v2 else {}), source)
     out: dict[str, Any] = {"score_func": "softmax" if v2 else "sigmoid", "n_mtp_layers": 0, "q_lora_rank": None}
@@ -155,7 +82,7 @@ def config_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
         sizes |= dict(zip(_INDEXER, _INDEXER, strict=True))
         out |= {"attention": "dsa"} | {key: raw[key] for key in (*_INDEXER, *_INDEXER_SWITCHES) if key in raw}
     if glm:
-        _refuse_other(raw, _GLM_READ, source)
+        _refuse_other(raw, _VALUES["read_glm"], source)
         out |= {"indexer_rope_interleave": True, "indexer_types": _indexer_types(raw, source)}
     _refuse_missing(sizes, out, source)
     _refuse_unequal_layers(raw, out, source)
@@ -270,7 +197,7 @@ def config_to_json(fields: Mapping[str, Any]) -> dict[str, Any]:
     wanted |= {"embed_norm": (False,), "qk_norm": (False,), "hc_mult": (1,), "swiglu_limit": (None,)}
     wanted |= {"n_hash_layers": (0,), "engram_layer_ids": (None,)}
     if v4:
-        wanted = dict(_V4_WANTED)
+        wanted = _VALUES["fields_v4"] | {"engram_layer_ids": (None,)}
         _refuse_plain(fields)
     elif v2:
         wanted |= {"attention": ("mla",), "topk_method": ("greedy", "group_limited_greedy"), "norm_topk_prob": (False,)}
@@ -360,23 +287,11 @@ def with_experts(raw: Mapping[str, Any], fp4: bool) -> dict[str, Any]:
 
 
 V4 = "compressed"
-_V4_WANTED: Allowed = {
-    "attention": (V4,),
-    "n_dense_layers": (0,),
-    "n_expert_groups": (1,),
-    "topk_method": ("noaux_tc",),
-    "score_func": ("sqrtsoftplus", "sigmoid"),
-    "norm_topk_prob": (True,),
-    "embed_norm": (False,),
-    "qk_norm": (False,),
-    "hc_kind": ("sinkhorn",),
-    "engram_layer_ids": (None,),
-}
 
 
 def _v4_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Return ModelConfig fields from a config.json of deepseek_v4, as released or as transformers writes it."""
-    refuse_unread(set(raw).difference(_V4, _FIXED, _V4_READ, _SILENT, _V4_LISTS, {"qat"}), source)
+    refuse_unread(set(raw).difference(_V4, _FIXED, _V4_READ, _KEYS["silent"], _KEYS["lists_v4"], {"qat"}), source)
     _refuse_other(raw, {**_FIXED, **_V4_READ}, source)
     raw = _in_released_spelling(raw, source)
     out: dict[str, Any] = {"attention": V4, "n_dense_layers": 0, "n_expert_groups": 1, "n_limited_groups": 1}
@@ -410,7 +325,7 @@ def _in_released_spelling(raw: Mapping[str, Any], source: str) -> dict[str, Any]
         said = {"rope_theta": main.get("rope_theta"), "compress_rope_theta": compress.get("rope_theta")}
         factors += [main.get("partial_rotary_factor"), compress.get("partial_rotary_factor")]
         del out["rope_parameters"]
-        said["rope_scaling"] = {key: compress[key] for key in compress if key not in _NOT_YARN}
+        said["rope_scaling"] = {key: compress[key] for key in compress if key not in _KEYS["not_yarn"]}
     if "layer_types" in raw:
         said["compress_ratios"] = _ratios(raw["layer_types"], raw.get("compress_rates"), source)
     if "mlp_layer_types" in raw:
@@ -429,7 +344,7 @@ def _in_released_spelling(raw: Mapping[str, Any], source: str) -> dict[str, Any]
     for key, value in said.items():
         if out.get(key) not in (None, value):
             raise ValueError(f"{source} has {key}={brief(out[key])}, and {brief(value)} in other words; keep one")
-    return {key: value for key, value in (out | said).items() if key not in _V4_LISTS}
+    return {key: value for key, value in (out | said).items() if key not in _KEYS["lists_v4"]}
 
 
 def _product(a: Any, b: Any) -> float:
