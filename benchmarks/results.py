@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import dsmini
-from dsmini.reading import is_there, parse_json, read_bytes
+from dsmini.reading import is_there, parse_json, read_bytes, refusing
 from dsmini.report.figures import Figure, plain
 from dsmini.report.units import plural
 from dsmini.sources import hash_of
@@ -121,14 +121,11 @@ def start(path: Path) -> list[Result]:
 
     Raises: ValueError if the folder cannot be written, or the file is damaged.
     """
-    try:
+    with refusing(f"{path.parent} cannot be written", "choose another folder by --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         content = read_bytes(path) if is_there(path) else b""
         with path.open("ab") as file:
             file.truncate(content.rfind(b"\n") + 1)  # a killed run was writing the rest
-    except OSError as error:
-        why = error.strerror or error
-        raise ValueError(f"{path.parent} cannot be written: {why}; choose another folder by --out") from None
     return read(path)
 
 

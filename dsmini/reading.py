@@ -13,7 +13,7 @@ import stat
 import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,15 @@ _KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a FIFO", stat.S_IFCHR: "a dev
 
 class UnreadableError(ValueError):
     """A file or folder of which nobody knows whether it is whole: the system cannot read it now, or this version."""
+
+
+@contextmanager
+def refusing(what: str, fix: str, kind: type[ValueError] = ValueError) -> Iterator[None]:
+    """Raise a ValueError in the place of an error of the system: "WHAT: the system's words; FIX"."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{what}: {error.strerror}; {fix}") from None
 
 
 def find_config(name: Path) -> Path:
@@ -130,13 +139,10 @@ def open_regular(path: Path) -> BufferedReader:
 
 def read_bytes(path: Path, largest: int = LARGEST) -> bytes:
     """Return the content of a regular file. Raises: ValueError for one that cannot be read, or is too large."""
-    with open_regular(path) as file:
-        try:
-            content = bytearray()  # in chunks: one call for all takes the memory of the largest file
-            while len(content) <= largest and (chunk := file.read(1 << 20)):
-                content += chunk
-        except OSError as error:
-            raise UnreadableError(f"cannot read {path}: {error.strerror}; check the disk") from None
+    with open_regular(path) as file, refusing(f"cannot read {path}", "check the disk", UnreadableError):
+        content = bytearray()  # in chunks: one call for all takes the memory of the largest file
+        while len(content) <= largest and (chunk := file.read(1 << 20)):
+            content += chunk
     if len(content) > largest:
         raise ValueError(f"cannot read {path}: it has more than {largest:,} bytes; name another file")
     return bytes(content)
@@ -167,16 +173,13 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not is_there(path):
         return
-    with open_regular(path) as file:
-        try:
-            for line in file:
-                row = None
-                with suppress(ValueError):
-                    row = parse_json(line.decode(errors="replace"), path.name)
-                if isinstance(row, dict):
-                    yield row
-        except OSError as error:
-            raise UnreadableError(f"cannot read {path}: {error.strerror}; check the disk") from None
+    with open_regular(path) as file, refusing(f"cannot read {path}", "check the disk", UnreadableError):
+        for line in file:
+            row = None
+            with suppress(ValueError):
+                row = parse_json(line.decode(errors="replace"), path.name)
+            if isinstance(row, dict):
+                yield row
 
 
 def parse_json(text: str, source: str) -> Any:

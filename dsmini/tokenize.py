@@ -27,7 +27,7 @@ from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress, patience
 from dsmini.data.documents import find, measure, notes, read_first, read_texts, split
-from dsmini.reading import is_there
+from dsmini.reading import is_there, refusing
 from dsmini.text.tokenizer import SMALLEST, SPECIAL_TOKENS, BPETokenizer, train_bpe
 
 LARGEST = 1_000_000
@@ -110,10 +110,8 @@ def _check(command: TokenizeCommand) -> None:
         raise ValueError(f"--out {command.out} exists; choose a new name, or remove it")
     if not command.out.parent.is_dir():
         raise ValueError(f"there is no folder {command.out.parent} for --out {command.out}; make it first")
-    try:
+    with refusing(f"--out {command.out} cannot be written", "choose another place"):
         try_writing(command.out)
-    except OSError as error:
-        raise ValueError(f"--out {command.out} cannot be written: {error.strerror}; choose another place") from None
 
 
 if __name__ == "__main__":

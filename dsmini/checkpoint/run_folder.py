@@ -13,15 +13,14 @@ runs/NAME/
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from dsmini.atomic import lock as lock_file
 from dsmini.atomic import write_text
 from dsmini.config import RunConfig
-from dsmini.reading import check_path, is_there, read_table
+from dsmini.reading import check_path, is_there, read_table, refusing
 from dsmini.text.tokenizer import Tokenizer, load_tokenizer
 
 BEFORE_CONFIG = ("corpus.json", "tokenizer.json", "init.json")
@@ -33,7 +32,7 @@ TOY = Path(__file__).parents[1] / "toy"
 def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Path:
     """Make the folder of a new run: `out`, or the first free base/NAME-001, -002, ..."""
     check_path(base / name, "name of the run")
-    with _making(out or base / name):
+    with refusing(f"cannot make the folder {out or base / name}", "choose another with --out"):
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             return out
@@ -46,14 +45,6 @@ def new_run_folder(out: Path | None, name: str, base: Path = Path("runs")) -> Pa
             number += 1
 
 
-@contextmanager
-def _making(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {folder}: {error.strerror}; choose another with --out") from None
-
-
 def refuse_taken(out: Path | None) -> None:
     """Raise ValueError if the folder of a new run holds anything already.
 
@@ -61,7 +52,7 @@ def refuse_taken(out: Path | None) -> None:
     """
     if out is None:
         return
-    with _making(out):
+    with refusing(f"cannot make the folder {out}", "choose another with --out"):
         names = {path.name for path in out.iterdir()} if out.exists() else set()
     begun = any(name not in BEFORE_CONFIG and not name.startswith(".") for name in names)
     if begun or (names and ".lock" not in names):
@@ -75,11 +66,8 @@ def lock_run(run: Path) -> IO[str]:
     Raises: ValueError if another process holds it.
     """
     path = run / ".lock"
-    try:
+    with refusing(f"cannot write {path}", "a run is trained in a folder that can be written"):
         lock = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    except OSError as error:
-        reason = f"cannot write {path}: {error.strerror}; a run is trained in a folder that can be written"
-        raise ValueError(reason) from None
     try:
         lock_file(lock, path)
     except BlockingIOError:

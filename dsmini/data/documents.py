@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsmini.reading import is_there, listed, open_regular, read_bytes
+from dsmini.reading import is_there, listed, open_regular, read_bytes, refusing
 
 NAMED = 3
 """Number of files that are named where some are left out."""
@@ -216,10 +216,8 @@ def _standard_library() -> Source:
 
 
 def _document(root: Path, path: Path) -> Document:
-    try:
+    with refusing(f"cannot read {path}", "check its permissions"):
         stat = path.stat()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}; check its permissions") from None
     name = path.relative_to(root).as_posix().removesuffix(".gz")
     modified, inode = (stat.st_mtime_ns, stat.st_ctime_ns), (stat.st_dev, stat.st_ino)
     return Document(name=name, path=path, stored=stat.st_size, modified=modified, inode=inode)

@@ -31,7 +31,7 @@ from dsmini.atomic import STALE_AFTER, as_json, finish_folder, lock, partial_fol
 from dsmini.config import DataConfig
 from dsmini.config.fields import build, check_types
 from dsmini.data.documents import CHUNK, Piece, ProgressCallback, Reader, Source, Split, lines, measure, split
-from dsmini.reading import read_bytes, read_table
+from dsmini.reading import read_bytes, read_table, refusing
 from dsmini.text.tokenizer import Tokenizer
 
 FORMAT = 5
@@ -143,14 +143,9 @@ class CorpusCache:
         if self.config.tokenizer is None:  # known before anything is written; fill-in-the-middle only adds
             check(*(sum(p.stop - p.start + p.ends for p in part) for part in (parts.train, parts.val)))
         with ExitStack() as stack:
-            try:
+            with refusing(f"cannot store the tokenized corpus in {self.folder}", "choose another place with --out"):
                 remove_leftovers(self.folder, STALE_AFTER)
                 partial = stack.enter_context(partial_folder(self.entry))
-            except OSError as error:
-                raise ValueError(
-                    f"cannot store the tokenized corpus in {self.folder}: {error.strerror}; "
-                    "choose another place with --out"
-                ) from None
             try:
                 facts = CorpusFacts(
                     source=self.source.words,

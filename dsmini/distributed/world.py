@@ -25,7 +25,7 @@ from dsmini.console.command import interruptible
 from dsmini.distributed.failure import fail, words_of_loss
 from dsmini.distributed.meeting import is_told, launched, meet, store_client, told
 from dsmini.machine import cores, pick_device
-from dsmini.reading import UnreadableError
+from dsmini.reading import UnreadableError, refusing
 
 T = TypeVar("T")
 SHARED_WITHIN = 90.0
@@ -123,11 +123,8 @@ class World:
 
         def leave_a_file() -> tuple[int, Path]:
             level = next(level for level, place in enumerate(places) if place.is_dir())
-            try:
+            with refusing(f"cannot write into {places[level]}", "choose another with --out"):
                 return level, Path(tempfile.mkstemp(prefix=".seen-by-all-", dir=places[level])[1])
-            except OSError as error:
-                words = f"cannot write into {places[level]}: {error.strerror}; choose another with --out"
-                raise ValueError(words) from None
 
         level, seen = self.first(leave_a_file)
         end = time.monotonic() + SHARED_WITHIN

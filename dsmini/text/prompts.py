@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from dsmini.console.messages import printable
+from dsmini.reading import refusing
 from dsmini.text.tokenizer import TextStream
 
 
@@ -34,11 +35,8 @@ def read_prompts(texts: Sequence[str], files: Sequence[Path], *, about: bool) ->
             beginning = textwrap.shorten(without_surrogates(text), 50, placeholder="...")
             yield f"{i} of {n}: {beginning}" if about else f"{i} of {n}", text
     for i, path in enumerate(files, len(texts) + 1):
-        try:
-            with path.open("rb") as file:  # a pipe too, as the shell's <(...) makes one
-                content = file.read()
-        except OSError as error:
-            raise ValueError(f"cannot read the prompt file {path}: {error.strerror}; check its name") from None
+        with refusing(f"cannot read the prompt file {path}", "check its name"), path.open("rb") as file:
+            content = file.read()  # a pipe too, as the shell's <(...) makes one
         yield f"{i} of {n}: {path}", _decoded(content)
 
 
