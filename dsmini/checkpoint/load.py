@@ -221,8 +221,7 @@ class PretrainedTensors:
         self.config: ModelConfig = _without_absent_mtp(config, tensors, folder)
         """Config of the model, without multi-token prediction blocks that the folder does not hold."""
         refuse_more_parts(self.config, len(tensors), str(folder))
-        with torch.device("meta"):
-            self.model: Transformer = Transformer(self.config)
+        self.model: Transformer = meta_model(self.config)
         """The model without memory."""
         self.parts: dict[str, list[Part]] = {}
         """The parts of each tensor of the state dict, with scales where they are stored in FP8 or FP4."""
@@ -374,6 +373,12 @@ class PretrainedTensors:
                 released = bar.done
         self._warn_of_copies(state)
         self.reader.release()
+
+
+def meta_model(config: ModelConfig, compute_dtype: torch.dtype | None = None) -> Transformer:
+    """Return a model that has shapes and no memory."""
+    with torch.device("meta"):
+        return Transformer(config, compute_dtype=compute_dtype)
 
 
 def refuse_more_parts(config: ModelConfig, n_tensors: int, source: str) -> None:

@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dsmini.atomic import as_json, new_folder
-from dsmini.checkpoint.load import FP4, FP8, Part, PretrainedTensors, check_dtype, origin_of, parts_of
+from dsmini.checkpoint.load import FP4, FP8, Part, PretrainedTensors, check_dtype, meta_model, origin_of, parts_of
 from dsmini.checkpoint.tensor_files import INDEX, ONE_FILE, Entry, folder_name, is_v4, mtp_copies, write_safetensors
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
@@ -47,7 +47,7 @@ from dsmini.numerics import (
     tile_scales,
 )
 from dsmini.numerics.quantization import Scale
-from dsmini.reading import brief, check_path, open_regular
+from dsmini.reading import brief, check_path, open_regular, refusing
 
 # files of a model's folder apart from its tensors and config.json; code is copied and never run
 BESIDE = re.compile(
@@ -128,10 +128,8 @@ def save_pretrained(
     beside = _files_beside(model)
     target = Path(os.path.realpath(path))  # a link stays, and what it names is written
     with ExitStack() as stack:
-        try:
+        with refusing(f"cannot make the folder {path}", "choose another"):
             folder = stack.enter_context(new_folder(target))
-        except OSError as error:
-            raise ValueError(f"cannot make the folder {path}: {error.strerror}; choose another") from None
         with (
             Progress(Console(stderr=True), nbytes, f"writing {target.name}", unit="bytes") as progress,
             torch.no_grad(),
@@ -316,8 +314,7 @@ def refuse_changed_ideas(model: Transformer) -> None:
     That is a layer with a hook, or whose class is not dsmini's or torch's, and one of IDEAS that the config does not
     give. A folder never holds code.
     """
-    with torch.device("meta"):
-        plain = dict(Transformer(model.config).named_modules())
+    plain = dict(meta_model(model.config).named_modules())
     for name, module in model.named_modules():
         kind, where = type(module), f"{name}." if name else "the model's "
         ours = kind.__module__.split(".")[0] in ("dsmini", "torch") and "forward" not in vars(module)
@@ -345,11 +342,9 @@ def parse_size(size: int | str) -> int:
 def refuse_filled(path: Path) -> None:
     """Raise ValueError unless `path` is a new or an empty folder that can be made, or a link to one."""
     check_path(path, "folder")
-    try:
+    with refusing(f"cannot look into {path}", "choose another folder"):
         real = Path(os.path.realpath(path))
         filled = real.is_symlink() or (real.exists() and (not real.is_dir() or any(real.iterdir())))
-    except OSError as error:
-        raise ValueError(f"cannot look into {path}: {error.strerror}; choose another folder") from None
     require(not filled, f"{path} holds files already; choose a new folder, or remove that one")
     fix = f"choose a new folder in it, such as {path / 'model'}"
     require(not os.path.ismount(real), f"{path} is a mount point, which cannot be replaced; {fix}")

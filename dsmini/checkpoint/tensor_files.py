@@ -39,24 +39,13 @@ from dsmini.reading import (
     readable,
 )
 
-_HUGGING_FACE, _V4_PARTS = read_toml(Path(__file__).with_name("names.toml")).values()
+_HUGGING_FACE, _V4_PARTS, _V4_RULES = read_toml(Path(__file__).with_name("names.toml")).values()
 # parts that have the same name there, and the modules outside attention and feed-forward
 _SAME = {*("weight", "bias", "gate", "experts", "shared_experts"), *("enorm", "hnorm", "eh_proj")}
 _TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 _INDEXER = {"wq_b", "wk", "k_norm", "weights_proj"}
 _STACKED = re.compile(r"(.+ffn\.experts)\.(w[123])(_scale)?")
 _BLOCK = re.compile(r"(layers|mtp)\.(\d+)\.(?:block\.)?(.+)")
-# what is left to rename in a name that transformers gives a tensor of V4, one after the other
-_V4_RULES = (
-    (r"\.(attn|ffn)_hc\.", r".hc_\1_"),
-    (r"^hc_head\.hc_", "hc_head_"),
-    (r"\.compressor\.indexer\.(?:scorer\.)?(wq_b|weights_proj)\.", r".indexer.\1."),
-    (r"\.compressor\.indexer\.", ".indexer.compressor."),
-    (r"\.compressor\.gate_proj\.", ".compressor.wgate."),
-    (r"\.compressor\.kv_norm\.", ".compressor.norm."),
-    (r"\.shared_experts\.gate_proj\.", ".shared_experts.w1."),
-    (r"\.attn\.norm\.", ".attn.kv_norm."),  # so it saves what it loads as kv_norm
-)
 _PACKED = re.compile(r"(.+\.experts)\.(gate_up_proj|w2)")
 # dimension in which DeepSeek's inference code splits these over its ranks: 0 rows, 1 columns
 _SPLIT = {"embed": 0, "head": 0, "wq": 0, "wq_b": 0, "wkv_b": 0, "w1": 0, "w3": 0, "wo": 1, "w2": 1}
@@ -355,7 +344,7 @@ def in_released_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     out: dict[str, Stored] = {}
     for theirs, whole in tensors.items():
         name = ".".join(_V4_PARTS.get(part, part) for part in theirs.removeprefix("model.").split("."))
-        for pattern, to in _V4_RULES:
+        for pattern, to in _V4_RULES.items():
             name = re.sub(pattern, to, name)
         for one, stored in _unpacked(name, theirs, whole).items():
             if one in out:

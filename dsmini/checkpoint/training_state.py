@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from dsmini.atomic import as_json, remove_folders
-from dsmini.checkpoint.load import refuse_more_parts
+from dsmini.checkpoint.load import meta_model, refuse_more_parts
 from dsmini.checkpoint.run_folder import check_run, run_config
 from dsmini.checkpoint.tensor_files import SafetensorsReader
 from dsmini.config import RunConfig
@@ -269,8 +269,7 @@ def load_run(
     Raises: ValueError for a folder that is not a run, has no checkpoint, or whose tensors do not fit the config.
     """
     checkpoint = model_checkpoint(path, average=average, say=say, verified=verified)
-    with torch.device("meta"):  # weights that are drawn first would be overwritten
-        model = Transformer(checkpoint.config.model, compute_dtype=compute_dtype)
+    model = meta_model(checkpoint.config.model, compute_dtype)  # weights that are drawn first would be overwritten
     nbytes = sum(tensor.nbytes for tensor in model.state_dict().values())
     refuse_too_large(nbytes, f"the model of {path}", torch.device("cpu"))
     # copies, because the tensors are views of the file
@@ -291,8 +290,7 @@ def model_checkpoint(
     def fits(checkpoint: Checkpoint) -> None:
         parts = sum(len(t) if t.dim() == 3 else 1 for t in checkpoint.tensors["model"].values())
         refuse_more_parts(checkpoint.config.model, parts, "model.safetensors")
-        with torch.device("meta"):
-            want = Transformer(checkpoint.config.model).state_dict()
+        want = meta_model(checkpoint.config.model).state_dict()
         check_tensors(model_tensors(checkpoint), want, "model.safetensors")
 
     if not single:

@@ -21,7 +21,6 @@ forwards it there. `MoE.exchange` is the hook for such an exchange: DeepEP's fun
 Source: DeepSeek-V3 report, sections 3.2.2 and 3.3.3.
 """
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,31 +49,26 @@ class Route:
     group: dist.ProcessGroup
     send: Sequence[int]
     receive: Sequence[int]
-    traffic: Counter[str]
-    """Bytes that this rank sent to other ranks, by what they were: dispatch (rows on the way to their experts), combine
-    (results of the experts), weights (of V4's rows), the gradients of both as NAME_gradients, and counts."""
 
     @property
     def back(self) -> "Route":
         """The way back of the same rows."""
         return replace(self, send=self.receive, receive=self.send)
 
-    def start(self, rows: Tensor, name: str) -> Callable[[], Tensor]:
+    def start(self, rows: Tensor) -> Callable[[], Tensor]:
         """Start to send rows; return what waits for the rows that come, without a gradient."""
         sent = rows.detach().contiguous()
         came = sent.new_empty(sum(self.receive), *sent.shape[1:])
         work = dist.all_to_all_single(came, sent, list(self.receive), list(self.send), group=self.group, async_op=True)
-        leaving = sum(self.send) - self.send[dist.get_rank(self.group)]
-        self.traffic[name] += leaving * sent.shape[1] * sent.element_size()
         return partial(_arrived, work, sent, came)
 
-    def exchange(self, rows: Rows, name: str) -> Callable[[], Any]:
+    def exchange(self, rows: Rows) -> Callable[[], Any]:
         """Start to send rows [sent, m]; return what waits for those that come, [received, m], which have the graph."""
         packed = rows if isinstance(rows, Tensor) else _packed(rows)
-        arrived = self.start(packed, name)
+        arrived = self.start(packed)
         if isinstance(rows, Tensor):
-            return lambda: _Exchanged.apply(rows, arrived(), self, name)
-        return lambda: _unpacked(arrived(), rows, self, name)
+            return lambda: _Exchanged.apply(rows, arrived(), self)
+        return lambda: _unpacked(arrived(), rows, self)
 
 
 def _arrived(work: Any, sent: Tensor, came: Tensor) -> Tensor:
@@ -87,14 +81,14 @@ class _Exchanged(torch.autograd.Function):
     """Rows that came, in place of those that were sent. Backward sends the gradients the way back."""
 
     @staticmethod
-    def forward(ctx: Any, sent: Tensor, came: Tensor, route: Route, name: str) -> Tensor:
-        ctx.back, ctx.name = route.back, f"{name}_gradients"
+    def forward(ctx: Any, sent: Tensor, came: Tensor, route: Route) -> Tensor:
+        ctx.back = route.back
         return came.view_as(came)
 
     @staticmethod
     @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.back.start(grad, ctx.name)(), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back.start(grad)(), None, None
 
 
 def _packed(x: QuantizedTensor) -> Tensor:
@@ -103,12 +97,12 @@ def _packed(x: QuantizedTensor) -> Tensor:
     return torch.cat((codes, scales), 1)
 
 
-def _unpacked(came: Tensor, like: QuantizedTensor, route: Route, name: str) -> QuantizedTensor:
+def _unpacked(came: Tensor, like: QuantizedTensor, route: Route) -> QuantizedTensor:
     rows, width = came.shape[0], like.shape[1]
     codes, scales = came.split((width, came.shape[1] - width), 1)
     source: Any = like.source
     if source is not None:
-        source = _Exchanged.apply(source, source.new_zeros(()).expand(rows, width), route, name)
+        source = _Exchanged.apply(source, source.new_zeros(()).expand(rows, width), route)
     return replace(
         like,
         codes=codes.contiguous().view(like.codes.dtype),
@@ -118,7 +112,7 @@ def _unpacked(came: Tensor, like: QuantizedTensor, route: Route, name: str) -> Q
     )
 
 
-def new_route(counts: Int[Tensor, "ranks each"], group: Any, traffic: Counter[str]) -> tuple[Route, Tensor]:
+def new_route(counts: Int[Tensor, "ranks each"], group: Any) -> tuple[Route, Tensor]:
     """Return the route of rows: how many this rank sends to each rank, and how many of each come here.
 
     Args:
@@ -126,35 +120,33 @@ def new_route(counts: Int[Tensor, "ranks each"], group: Any, traffic: Counter[st
     """
     received = torch.empty_like(counts)
     dist.all_to_all_single(received, counts.contiguous(), group=group)
-    traffic["counts"] += counts.nbytes - counts[0].nbytes
     send, receive = counts.sum(1).tolist(), received.sum(1).tolist()
-    return Route(group=group, send=send, receive=receive, traffic=traffic), received
+    return Route(group=group, send=send, receive=receive), received
 
 
 class ExpertExchange:
     """The exchange of a MoE layer whose experts are divided among the ranks of a group. All ranks call it together."""
 
-    def __init__(self, group: dist.ProcessGroup, traffic: Counter[str]) -> None:
+    def __init__(self, group: dist.ProcessGroup) -> None:
         self.group: dist.ProcessGroup = group
-        self.traffic: Counter[str] = traffic
         self.size: int = dist.get_world_size(group)
 
     def __call__(self, experts: nn.Module, shared: nn.Module | None, x: Rows, routing: Routing) -> Float[Tensor, "n m"]:
         """Return the sum of each token's experts, routed and shared, as MoE does."""
         slots = sort_by_expert(routing.indices, len(routing.counts))
-        route, received = new_route(routing.counts.view(self.size, -1), self.group, self.traffic)
+        route, received = new_route(routing.counts.view(self.size, -1), self.group)
         as_numbers = isinstance(x, Tensor) and _round_what_they_read(experts)
         sent = quantize(x) if as_numbers else x
         rows = dispatch_quantized(sent, slots) if isinstance(sent, QuantizedTensor) else dispatch(sent, slots)
         # V4's experts weigh before their last product: the weights go with the rows
         weighed, share = getattr(experts, "limit", None) is not None, None
         if weighed:
-            share = route.exchange(weights_of_slots(routing.weights, slots), "weights")()
-        arrived = route.exchange(rows, "dispatch")
+            share = route.exchange(weights_of_slots(routing.weights, slots))()
+        arrived = route.exchange(rows)
         y_shared = None if shared is None else shared(x)
         came = arrived()
         y = run_local(experts, came.dequantize(sent.dtype) if as_numbers else came, received, share).to(x.dtype)
-        y = combine(route.back.exchange(y, "combine")(), routing.weights, slots, weighed)
+        y = combine(route.back.exchange(y)(), routing.weights, slots, weighed)
         return y if y_shared is None else y + y_shared
 
 

@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from dsmini.checkpoint.load import meta_model
 from dsmini.checkpoint.tensor_files import bytes_of
 from dsmini.config import ModelConfig
 from dsmini.config.run import ParallelConfig
@@ -226,8 +227,6 @@ class Mesh:
         self.part: int
         self.pp_index, self.part = divmod(self.rank, self.parts)
         self.ep_index: int = self.part % config.ep
-        self.traffic: Counter[str] = Counter[str]()
-        """Bytes of the expert exchange that left this rank."""
         self.zero = config.zero if self.parts > 1 else 0
         self.layout: StageLayout | None = None
         """The stages of a pipeline."""
@@ -275,7 +274,7 @@ class Mesh:
             self._keep_stages(model)
         if self.config.ep > 1:
             n = model.config.n_routed_experts // self.config.ep
-            first, exchange = self.ep_index * n, ExpertExchange(self.groups["ep"], self.traffic)
+            first, exchange = self.ep_index * n, ExpertExchange(self.groups["ep"])
             for moe in moe_layers(model):
                 moe.exchange = exchange
                 moe.experts.first = first
@@ -466,12 +465,6 @@ def allocate(model: Transformer, mesh: Mesh, device: torch.device) -> None:
     """Give a rank's part of a model its memory, without values."""
     model.to_empty(device=device)
     mesh.note(model)
-
-
-def meta_model(config: ModelConfig) -> Transformer:
-    """Return a model that has shapes and no memory."""
-    with torch.device("meta"):
-        return Transformer(config)
 
 
 # --- silent corruption

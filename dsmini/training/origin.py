@@ -228,7 +228,7 @@ def check_init(old: ModelConfig, new: ModelConfig, source: str) -> None:
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    from dsmini.distributed.mesh import meta_model  # it loads torch: --help is instant
+    from dsmini.checkpoint.load import meta_model  # it loads torch: --help is instant
 
     return {name: tuple(tensor.shape) for name, tensor in meta_model(config).state_dict().items()}
 

@@ -6,12 +6,15 @@ Two parts of the batch, and the stages of a pipeline, sum in the order of one pr
 import itertools
 import math
 import tomllib
-from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dsmini import ModelConfig, TrainConfig, Transformer
@@ -140,10 +143,24 @@ def test_experts_without_a_token_have_zero_gradients_and_stay_in_step(zero: int)
     assert_alike(run_ranks(2, lonely, {"ep": 2, "zero": zero}), whole)
 
 
-# --- bytes that the expert exchange sends: counted, and worked out from the routing
+# --- bytes that the expert exchange sends: noted where they leave, and worked out from the routing
 
 
-def exchange(world: World) -> tuple[Counter[str], int]:
+@contextmanager
+def noted() -> Iterator[list[int]]:
+    """Yield a list that gets the bytes which leave this rank in each exchange, in order."""
+    left, send = list[int](), dist.all_to_all_single
+
+    def note(came: Tensor, rows: Tensor, receive: Any = None, each: Sequence[int] | None = None, **how: Any) -> Any:
+        stay = len(rows) // dist.get_world_size(how["group"]) if each is None else each[dist.get_rank(how["group"])]
+        left.append((len(rows) - stay) * rows.shape[1:].numel() * rows.element_size())
+        return send(came, rows, receive, each, **how)
+
+    with patch.object(dist, "all_to_all_single", note):
+        yield left
+
+
+def exchange(world: World) -> tuple[dict[str, int], int]:
     """Run a MoE layer forward and backward on tokens; return what was sent, and the token-expert pairs elsewhere."""
     torch.manual_seed(0)
     model = Transformer(ModelConfig(**SMALL | FP8 | {"n_mtp_layers": 0}))
@@ -151,13 +168,15 @@ def exchange(world: World) -> tuple[Counter[str], int]:
     ranks.divide(model)
     (moe,) = moe_layers(model)
     torch.manual_seed(1 + world.rank)
-    y, routing = moe(torch.randn(50, 128, requires_grad=True))
-    y.sum().backward()
-    return ranks.traffic, int((routing.indices // (8 // world.size) != world.rank).sum())
+    with noted() as left:
+        y, routing = moe(torch.randn(50, 128, requires_grad=True))
+        y.sum().backward()
+    sent = dict(zip(("counts", *BYTES), left, strict=True))
+    return sent, int((routing.indices // (8 // world.size) != world.rank).sum())
 
 
-BYTES = {"dispatch": 128 + 4, "combine": 4 * 128, "dispatch_gradients": 4 * 128, "combine_gradients": 4 * 128}
-"""Bytes of a row: E4M3 codes with one scale, else FP32."""
+BYTES = {"dispatch": 128 + 4, "combine": 4 * 128, "combine_gradients": 4 * 128, "dispatch_gradients": 4 * 128}
+"""Bytes of a row in each exchange after that of counts, in order: E4M3 codes with one scale, else FP32."""
 
 
 @pytest.mark.slow
@@ -170,11 +189,12 @@ def test_exchange_sends_one_row_a_token_expert_pair() -> None:
         assert sum(sent[what] for sent, _ in every) == sum(pairs for _, pairs in every) * BYTES[what]
 
 
-def dispatched(world: World, zero: int) -> int:
-    """Return the bytes of the rows that a step of FP8 training sends to their experts."""
+def dispatched(world: World, zero: int) -> list[int]:
+    """Return the bytes that leave this rank in each exchange of a step of FP8 training."""
     trainer = new_trainer(world, {"ep": 2, "dp": 2, "zero": zero}, MODELS["fp8"], {})
-    trainer.step()
-    return trainer.mesh.traffic["dispatch"]
+    with noted() as left:
+        trainer.step()
+    return left
 
 
 @pytest.mark.slow
