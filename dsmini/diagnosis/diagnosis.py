@@ -33,7 +33,7 @@ from dsmini.measure.turns import median_of
 from dsmini.nn import Transformer
 from dsmini.report.units import plural
 from dsmini.training.lookups import make_lookups
-from dsmini.training.saving import check_state
+from dsmini.training.run import check_state
 from dsmini.training.start import refuse_oversized, resolved
 from dsmini.training.trainer import Trainer
 

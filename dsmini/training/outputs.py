@@ -158,27 +158,12 @@ def next_command(run: TrainingRun) -> str:
     """Return the command that fits after a finished run, as a shell takes it.
 
     A loss that is not finite wants a diagnosis. After the warm-up of indexers comes the sparse stage. Any other run
-    writes.
+    writes, that of the default text a function.
     """
     folder = shlex.quote(str(run.folder))
     if run.history.records[-1]["loss"] is None:
         return f"python -m dsmini.diagnose {folder}"
     if run.config.train.dsa_stage == "warmup":
         return f"python -m dsmini.train --init {folder}"
-    return f"python -m dsmini.generate {folder} {offered_flags(run)}".rstrip()
-
-
-def offered_flags(run: TrainingRun) -> str:
-    """Return flags for a trained model, as a shell takes them: a prompt of the held-out text's first whole words.
-
-    A text with lines of persons, as dsmini.data.dialogue writes them, makes a model for --chat. Where no words fit into
-    a command there are no flags, and generate begins with a new line.
-    """
-    if run.config.data.path is None:  # the source code of Python's library
-        return "--prompt 'def '"
-    text = run_tokenizer(run.folder, run.config).decode(run.trainer.corpus.val[:128].tolist())
-    if "\n> " in f"\n{text}":
-        return "--chat"
-    prompt = " ".join(text.split()[1:4])
-    fits = 0 < len(prompt) <= 40 and prompt.isprintable() and "\ufffd" not in prompt and not prompt.startswith("-")
-    return f"--prompt {shlex.quote(prompt)}" if fits else ""
+    prompt = " --prompt 'def '" if run.config.data.path is None else ""
+    return f"python -m dsmini.generate {folder}{prompt}"

@@ -10,21 +10,27 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, TextIO
 
+import torch
 from rich.console import Console
 
+from dsmini.checkpoint.load import meta_model
 from dsmini.checkpoint.training_state import (
     Checkpoint,
+    check_tensors,
     checkpoint_folder,
     checkpoint_folders,
     checkpoint_step,
+    last_checkpoint,
     load_run,
     read_checkpoint,
 )
 from dsmini.config import ModelConfig, RunConfig
+from dsmini.config.fields import require
 from dsmini.console.messages import say
 from dsmini.console.progress import LEAST_SECONDS, Progress, patience
 from dsmini.data.corpus import Windows
@@ -32,8 +38,9 @@ from dsmini.distributed.failure import say_failure
 from dsmini.distributed.meeting import told
 from dsmini.distributed.mesh import unequal_replicas
 from dsmini.distributed.world import World
-from dsmini.machine import peak_memory, refuse_too_large, set_random_state
+from dsmini.machine import peak_memory, random_state, refuse_too_large, set_random_state
 from dsmini.nn import Transformer
+from dsmini.training.optim import begin_stage, optimizer_state, optimizers
 from dsmini.training.plots import plot_run
 from dsmini.training.record import (
     METRICS,
@@ -42,14 +49,16 @@ from dsmini.training.record import (
     TensorBoard,
     drop_rows,
     finite,
+    is_whole,
     log_path,
     row_of,
     rows_of,
 )
-from dsmini.training.saving import NotSavedError, Saver, newest_checkpoint
+from dsmini.training.saving import NotSavedError, Saver
 from dsmini.training.signals import StopAskedError, StopSignals
 from dsmini.training.trainer import StepResult, Trainer
 
+CPU = torch.device("cpu")
 LEAST_TIMES = 3
 """Number of steps of a process from which on the time left is shown, once they took LEAST_SECONDS."""
 
@@ -501,3 +510,41 @@ def moe_layers(config: ModelConfig) -> Sequence[str]:
     """Return the names of the layers with experts, for people."""
     names = [f"block {i}" for i in range(config.n_layers)] + [f"MTP {k + 1}" for k in range(config.n_mtp_layers)]
     return [name for layer, name in enumerate(names) if config.is_moe(layer)]
+
+
+# --- where it continues
+
+
+def newest_checkpoint(
+    config: RunConfig, world: World, say: Callable[[str], None], device: torch.device = CPU
+) -> Checkpoint:
+    """Return the newest checkpoint of a run that is whole and fits its config. Rank 0 finds it, and all read it.
+
+    Args:
+        config: config with the run's folder `out`.
+        say: told on rank 0 about each newer checkpoint, with what is wrong with it.
+
+    Raises: ValueError if there is none, and for one that cannot be read now.
+    """
+    assert config.out is not None
+    run, parts = config.out, ["model", "optimizer", "rng"]
+    parts += [] if config.train.ema_decay is None else ["average"]
+    found = world.first(lambda: last_checkpoint(run, parts, partial(check_state, device=device), say).folder)
+    return world.together(lambda: read_checkpoint(found, parts, verified=True))
+
+
+def check_state(checkpoint: Checkpoint, device: torch.device = CPU) -> None:
+    """Refuse a checkpoint from which no run with its config can continue; ValueError says why."""
+    train, model = checkpoint.config.train, meta_model(checkpoint.config.model)
+    begin_stage(model, train.dsa_stage)
+    named = dict(model.named_parameters())
+    want = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers(model, train), named.items())}
+    want["average"] = {name: p.float() for name, p in named.items()}
+    got = dict(checkpoint.tensors)
+    if "rng" in got:
+        states = random_state(device)
+        there = (states.keys() & got["rng"].keys()) | {"cpu"}  # another kind of device than before has no state in it
+        got["rng"], want["rng"] = ({n: t for n, t in of.items() if n in there} for of in (got["rng"], states))
+    for part, tensors in got.items():
+        check_tensors(tensors, want[part], f"{part}.safetensors")
+    require(is_whole(checkpoint.state.row), "the row of the last step in state.json lacks a figure")

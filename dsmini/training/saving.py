@@ -1,4 +1,4 @@
-"""Save the state of a run in checkpoints, and find the one to continue from. All ranks write into the same files.
+"""Save the state of a run in checkpoints. All ranks write into the same files.
 
     rank 0    makes the hidden folder, and in it each file: its header, and room for all tensors
     all       write their own rows at their place in the file
@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,30 +25,15 @@ import torch
 
 from dsmini.atomic import finish_folder, partial_folder, remove_leftovers, sync
 from dsmini.checkpoint.tensor_files import Entry, begin_safetensors, bytes_of, write_at
-from dsmini.checkpoint.training_state import (
-    Checkpoint,
-    RunState,
-    Tensors,
-    check_tensors,
-    checkpoint_folder,
-    last_checkpoint,
-    prune,
-    read_checkpoint,
-    state_texts,
-    write_manifest,
-)
+from dsmini.checkpoint.training_state import RunState, Tensors, checkpoint_folder, prune, state_texts, write_manifest
 from dsmini.config import RunConfig
-from dsmini.config.fields import require
 from dsmini.distributed.heartbeat import SAVING
 from dsmini.distributed.meeting import told
-from dsmini.distributed.mesh import Pieces, meta_model
+from dsmini.distributed.mesh import Pieces
 from dsmini.distributed.world import World
 from dsmini.machine import random_state
-from dsmini.training.optim import begin_stage, optimizer_state, optimizers
-from dsmini.training.record import METRICS, History, is_whole
+from dsmini.training.record import METRICS, History
 from dsmini.training.trainer import Trainer
-
-CPU = torch.device("cpu")
 
 
 def save_pieces(
@@ -234,41 +218,3 @@ class Saver:
             corpus_sha256=trainer.corpus.sha256,
             row=dict(history.records[-1]),
         )
-
-
-# --- where to continue
-
-
-def newest_checkpoint(
-    config: RunConfig, world: World, say: Callable[[str], None], device: torch.device = CPU
-) -> Checkpoint:
-    """Return the newest checkpoint of a run that is whole and fits its config. Rank 0 finds it, and all read it.
-
-    Args:
-        config: config with the run's folder `out`.
-        say: told on rank 0 about each newer checkpoint, with what is wrong with it.
-
-    Raises: ValueError if there is none, and for one that cannot be read now.
-    """
-    assert config.out is not None
-    run, parts = config.out, ["model", "optimizer", "rng"]
-    parts += [] if config.train.ema_decay is None else ["average"]
-    found = world.first(lambda: last_checkpoint(run, parts, partial(check_state, device=device), say).folder)
-    return world.together(lambda: read_checkpoint(found, parts, verified=True))
-
-
-def check_state(checkpoint: Checkpoint, device: torch.device = CPU) -> None:
-    """Refuse a checkpoint from which no run with its config can continue; ValueError says why."""
-    train, model = checkpoint.config.train, meta_model(checkpoint.config.model)
-    begin_stage(model, train.dsa_stage)
-    named = dict(model.named_parameters())
-    want = {"model": model.state_dict(), "optimizer": optimizer_state(optimizers(model, train), named.items())}
-    want["average"] = {name: p.float() for name, p in named.items()}
-    got = dict(checkpoint.tensors)
-    if "rng" in got:
-        states = random_state(device)
-        there = (states.keys() & got["rng"].keys()) | {"cpu"}  # another kind of device than before has no state in it
-        got["rng"], want["rng"] = ({n: t for n, t in of.items() if n in there} for of in (got["rng"], states))
-    for part, tensors in got.items():
-        check_tensors(tensors, want[part], f"{part}.safetensors")
-    require(is_whole(checkpoint.state.row), "the row of the last step in state.json lacks a figure")

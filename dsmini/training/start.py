@@ -45,8 +45,7 @@ from dsmini.training.lookups import make_lookups
 from dsmini.training.optim import LARGEST_BETA_BF16
 from dsmini.training.origin import RunOrigin, absolute
 from dsmini.training.record import read_events, require_tensorboard
-from dsmini.training.run import TrainingRun
-from dsmini.training.saving import newest_checkpoint
+from dsmini.training.run import TrainingRun, newest_checkpoint
 from dsmini.training.trainer import Trainer
 
 WHAT = "training this model with such a batch"

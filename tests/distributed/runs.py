@@ -20,8 +20,7 @@ from dsmini.distributed.heartbeat import watched
 from dsmini.distributed.mesh import HeldRows, Mesh, divided_model, fill
 from dsmini.distributed.world import World
 from dsmini.training.record import Event, read_events
-from dsmini.training.run import TrainingRun
-from dsmini.training.saving import newest_checkpoint
+from dsmini.training.run import TrainingRun, newest_checkpoint
 from dsmini.training.trainer import StepResult, Trainer
 from tests.conftest import MODELS, SMALL
 from tests.distributed.faults import Fault, inject

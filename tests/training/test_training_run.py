@@ -33,7 +33,7 @@ from dsmini.text.tokenizer import BPETokenizer, ByteTokenizer, compressed_ids
 from dsmini.training import start
 from dsmini.training.lookups import make_lookups
 from dsmini.training.origin import RunOrigin
-from dsmini.training.outputs import next_command, offered_flags, summarise, summary_lines, write_sample
+from dsmini.training.outputs import next_command, summarise, summary_lines, write_sample
 from dsmini.training.plots import plot_run, smooth
 from dsmini.training.record import KEYS, History, read_events
 from dsmini.training.run import TrainingRun
@@ -275,29 +275,12 @@ def test_interrupted_sample_ends_its_line(run: TrainingRun, monkeypatch: pytest.
     assert run.console.file.getvalue().endswith(f"\n\n{'─' * 80}\n")
 
 
-@pytest.mark.parametrize(
-    ("text", "flags"),
-    [
-        (b"It was a bright cold day in April", "--prompt 'was a bright'"),
-        (b"x don't stop", "--prompt 'don'\"'\"'t stop'"),
-        (b"x --flag then", ""),
-        (b"\xff\xfe " + b"x" * 300, ""),
-        (b"x \x1b[31mred", ""),
-        (b"Rome.\n> What is snow like?\n", "--chat"),
-    ],
-)
-def test_offered_flags_are_a_prompt_of_whole_words_or_chat(run: TrainingRun, text: bytes, flags: str) -> None:
-    run.trainer.corpus = dataclasses.replace(run.trainer.corpus, val=np.frombuffer(text, np.uint8))
-    assert offered_flags(run) == flags
-    run.config = dataclasses.replace(run.config, data=DataConfig())
-    assert offered_flags(run) == "--prompt 'def '"
-
-
 def test_next_command_fits_the_stage_and_the_end_of_the_run(run: TrainingRun) -> None:
     folder = shlex.quote(str(run.folder))
-    run.trainer.corpus = dataclasses.replace(run.trainer.corpus, val=np.zeros(200, np.uint8))
     run.history.records.append({"loss": 1.0})
     assert next_command(run) == f"python -m dsmini.generate {folder}"
+    run.config = dataclasses.replace(run.config, data=DataConfig())
+    assert next_command(run) == f"python -m dsmini.generate {folder} --prompt 'def '"
     model, train = run.config.model, run.config.train
     sparse = {"model": dataclasses.replace(model, **DSA), "train": dataclasses.replace(train, dsa_stage="warmup")}
     run.config = dataclasses.replace(run.config, **sparse)
