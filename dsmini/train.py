@@ -25,7 +25,7 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.config import RunConfig
 from dsmini.console.command import run, speaks
-from dsmini.console.commandline import parse, take_file, take_folder
+from dsmini.console.commandline import parse, take_folder
 from dsmini.console.messages import say
 from dsmini.distributed.failure import tell
 from dsmini.distributed.meeting import launcher
@@ -146,8 +146,9 @@ def _read(args: Sequence[str]) -> tuple[RunOrigin, TrainCommand, bool]:
 
     Returns: its origin, all values, and whether it says --resume auto.
     """
-    file, rest = take_file(args)
-    file = file and find_config(file)
+    file, rest = None, list(args)
+    if rest and rest[0] and not rest[0].startswith("-"):
+        file = find_config(Path(rest.pop(0)))
     if file is not None and file.is_dir():
         uses = f"--resume {file} continues a run, and --init {file} starts one from its weights"
         raise ValueError(f"{file} is a folder, want the file of a config; {uses}")

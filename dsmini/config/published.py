@@ -287,6 +287,8 @@ def with_experts(raw: Mapping[str, Any], fp4: bool) -> dict[str, Any]:
 
 
 V4 = "compressed"
+_FIELDS = {ours: values[0] for ours, values in _VALUES["fields_v4"].items()} | {"n_limited_groups": 1}
+"""Fields of every model of deepseek_v4 whose file does not say otherwise."""
 
 
 def _v4_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -294,8 +296,7 @@ def _v4_from_json(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
     refuse_unread(set(raw).difference(_V4, _FIXED, _V4_READ, _KEYS["silent"], _KEYS["lists_v4"], {"qat"}), source)
     _refuse_other(raw, {**_FIXED, **_V4_READ}, source)
     raw = _in_released_spelling(raw, source)
-    out: dict[str, Any] = {"attention": V4, "n_dense_layers": 0, "n_expert_groups": 1, "n_limited_groups": 1}
-    out |= {"score_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True, "n_mtp_layers": 0}
+    out: dict[str, Any] = {**_FIELDS, "n_mtp_layers": 0}
     out |= {"qat": raw.get("qat", False)}  # dsmini's own key: DeepSeek's code always rounds, and no file says so
     out |= {ours: raw[theirs] for theirs, ours in _V4.items() if theirs in raw}
     _refuse_missing(_V4, out, source)
@@ -446,11 +447,4 @@ def _v4_inference_from_json(raw: Mapping[str, Any], source: str) -> dict[str, An
     lengths = (out["max_seq_len"], out["original_seq_len"], out["rope_factor"])
     if all(isinstance(n, int | float) for n in lengths):  # max_seq_len is that of a cache
         out["max_seq_len"] = max(lengths[0], _product(*lengths[1:]))
-    same = {
-        "attention": V4,
-        "n_dense_layers": 0,
-        "n_expert_groups": 1,
-        "n_limited_groups": 1,
-        "topk_method": "noaux_tc",
-    }
-    return out | same | {"norm_topk_prob": out["score_func"] != "softmax"}
+    return _FIELDS | out | {"norm_topk_prob": out["score_func"] != "softmax"}

@@ -23,13 +23,6 @@ from dsmini.reading import brief
 C = TypeVar("C")
 
 
-def take_file(args: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Take a leading FILE.toml off a command line; return it and the rest."""
-    if args and args[0] and not args[0].startswith("-"):
-        return Path(args[0]), list(args[1:])
-    return None, list(args)
-
-
 def take_folder(args: Sequence[str], flag: str) -> tuple[Path | None, list[str]]:
     """Take a flag with its folder off a command line; return the last of its folders and the rest.
 

@@ -6,50 +6,39 @@ A line that begins with > is of a person, the line after it is the answer. An em
 import random
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+
+from dsmini.reading import read_toml
 
 CONVERSATIONS = 6000
 """Number of conversations in a text."""
-NAMES = (
-    *("Ada", "Alan", "Ben", "Clara", "David", "Emil", "Grace", "Ivan", "Jana", "Karl", "Lena", "Maria", "Paul", "Tom"),
-)
-COLORS = {"grass": "green", "snow": "white", "the sky": "blue", "a lemon": "yellow", "coal": "black", "blood": "red"}
-SOUNDS = {"a dog": "barks", "a cat": "meows", "a cow": "moos", "a duck": "quacks", "a lion": "roars", "a bee": "hums"}
-CAPITALS = {
-    **{"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Japan": "Tokyo", "Peru": "Lima"},
-    **{"Egypt": "Cairo", "Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana", "Kenya": "Nairobi"},
-}
-OPPOSITES = {"hot": "cold", "big": "small", "old": "new", "fast": "slow", "up": "down", "day": "night", "wet": "dry"}
-HELLOS = ("Hello!", "Hi!", "Good morning!", "Hello, how are you?", "Hi there!")
-I_AM = ("My name is {}.", "I am {}.", "You can call me {}.")
-WHO_AM_I = ("What is my name?", "Do you know my name?", "Who am I?")
-THANKS = ("Thank you!", "Thanks!", "Thank you, goodbye.", "Bye!")
+PARTS = read_toml(Path(__file__).with_name("dialogue.toml"))
 Turn = tuple[str, str]
 """The line of a person, and its answer."""
 
 
 def conversation(draw: random.Random) -> Iterator[Turn]:
     """Yield the turns of a conversation: a greeting, questions, and sometimes a name that is asked for later."""
-    name, named = draw.choice(NAMES), draw.random() < 0.5
+    name, named = draw.choice(PARTS["names"]), draw.random() < 0.5
     if draw.random() < 0.6:
-        hello = draw.choice(HELLOS)
+        hello = draw.choice(PARTS["hellos"])
         yield hello, "I am fine, thank you. How can I help you?" if "how" in hello else "Hello! How can I help you?"
     if named:
-        yield draw.choice(I_AM).format(name), f"Nice to meet you, {name}!"
+        yield draw.choice(PARTS["i_am"]).format(name), f"Nice to meet you, {name}!"
     for _ in range(draw.randint(1, 4)):
         yield question(draw)
     if named and draw.random() < 0.7:
-        yield draw.choice(WHO_AM_I), f"Your name is {name}."
+        yield draw.choice(PARTS["who_am_i"]), f"Your name is {name}."
     if draw.random() < 0.3:
-        yield draw.choice(THANKS), "You are welcome. Goodbye!"
+        yield draw.choice(PARTS["thanks"]), "You are welcome. Goodbye!"
 
 
 def question(draw: random.Random) -> Turn:
     """Return a question about a fact, or about two small numbers, and its answer."""
     a, b = draw.randint(0, 9), draw.randint(0, 9)
-    thing, color = draw.choice(list(COLORS.items()))
-    animal, sound = draw.choice(list(SOUNDS.items()))
-    country, capital = draw.choice(list(CAPITALS.items()))
-    word, opposite = draw.choice(list((OPPOSITES | {other: one for one, other in OPPOSITES.items()}).items()))
+    opposites = PARTS["opposites"] | {other: one for one, other in PARTS["opposites"].items()}
+    facts = (PARTS["colors"], PARTS["sounds"], PARTS["capitals"], opposites)
+    (thing, color), (animal, sound), (country, capital), (word, opposite) = (draw.choice([*of.items()]) for of in facts)
     questions = (
         (f"What color is {thing}?", f"{thing.capitalize()} is {color}."),
         (f"What does {animal} do?", f"{animal.capitalize()} {sound}."),

@@ -76,16 +76,15 @@ class Document:
 
         Raises: ValueError for a file that cannot be read; DamagedError for a damaged .gz.
         """
-        try:
-            with open_regular(self.path) as stored:
-                text = gzip.GzipFile(fileobj=stored) if self.path.name.endswith(".gz") else stored
+        with open_regular(self.path) as stored, refusing(f"cannot read {self.path}", "check its permissions"):
+            text = gzip.GzipFile(fileobj=stored) if self.path.name.endswith(".gz") else stored
+            try:
                 text.seek(start)
                 while chunk := text.read(CHUNK):
                     yield chunk, stored.tell()
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise DamagedError(f"{self.path} is a damaged .gz file: {error}; fetch it again, or remove it") from None
-        except OSError as error:
-            raise ValueError(f"cannot read {self.path}: {error.strerror}; check its permissions") from None
+            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+                words = f"{self.path} is a damaged .gz file: {error}; fetch it again, or remove it"
+                raise DamagedError(words) from None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,7 +151,8 @@ class Heartbeat:
 
     def exchange(self, passed: float) -> None:
         """Publish a heartbeat, read those of others, and end all processes of a run that stands still."""
-        seen = self.moves, stack_of(self.main), *map(stack_of, threads_of(SAVING))
+        saving = [thread.ident for thread in threading.enumerate() if thread.name.startswith(SAVING)]
+        seen = self.moves, *map(stack_of, [self.main, *saving])
         self.still = 0.0 if seen != self.seen else self.still + passed
         self.seen = seen
         self._publish(self.phase)
@@ -262,11 +263,6 @@ def watched(world: World, timeout: float, device: torch.device) -> Iterator[None
     with Heartbeat(world.rank, world.size, store, timeout, on_stall, on_lost, computed) as heartbeat:
         world.beat = heartbeat.beat
         yield
-
-
-def threads_of(name: str) -> list[int | None]:
-    """Return the threads of this process whose names begin so."""
-    return [thread.ident for thread in threading.enumerate() if thread.name.startswith(name)]
 
 
 def stack_of(thread: int | None) -> tuple[tuple[str, str, int, str, int], ...]:

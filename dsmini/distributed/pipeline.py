@@ -110,10 +110,6 @@ class StageLayout:
         own |= set(range(self.layers[-1].stop, len(self.moe))) if self.ranks[-1] == rank else set()
         return [row for row, layer in enumerate(moe) if layer in own]
 
-    def moe_before(self, stage: int) -> int:
-        """Return the number of MoE layers before a stage."""
-        return sum(self.moe[: self.layers[stage].start])
-
     def source(self, stage: int) -> int | None:
         """Return the layer before a stage whose choice of keys the stage begins with; None: its first layer chooses."""
         first = self.layers[stage].start
@@ -123,7 +119,8 @@ class StageLayout:
     def carried(self, stage: int, b: int, s: int) -> list[tuple[int, ...]]:
         """Return the shapes of what the vector that a stage takes in training has: losses, and a Choice."""
         c = self.config
-        shapes: list[tuple[int, ...]] = [(self.moe_before(stage) + bool(self.indexers),)]
+        moe_before = sum(self.moe[: self.layers[stage].start])
+        shapes: list[tuple[int, ...]] = [(moe_before + bool(self.indexers),)]
         if self.source(stage) is not None and c.index_n_heads and c.index_head_dim and c.index_topk:
             shapes.append((b, s, min(c.index_topk, s)))
             if c.indexer_target == "served":

@@ -154,10 +154,9 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
         with patience(console, "making the model"):
             if found.checkpoint is None:
                 fill(model, mesh, device, found.rows)
+                make_lookups(model, config, corpus, trained=found.folder is not None, first=world.first)
             else:
                 allocate(model, mesh, device)
-            if found.checkpoint is None:
-                make_lookups(model, config, corpus, trained=found.folder is not None, first=world.first)
         ops.expect(device.type, "quantize", "trained_norm")
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
             world.beat(0, "compiling")

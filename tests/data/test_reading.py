@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from dsmini.config import DataConfig, RunConfig
 from dsmini.data import documents, tokenized
 from dsmini.data.corpus import Corpus, load_corpus
-from dsmini.data.dialogue import NAMES, dialogues
+from dsmini.data.dialogue import PARTS, dialogues
 from dsmini.data.documents import CHUNK, Document, cut_once, find, lines, notes
 from dsmini.data.tokenized import arrange
 from dsmini.text.tokenizer import ByteTokenizer
@@ -382,7 +382,7 @@ def test_dialogues_are_lines_of_two_that_end_with_an_empty_one() -> None:
     for conversation in text.removesuffix("\n\n").split("\n\n"):
         lines = conversation.splitlines()
         assert [line.startswith("> ") for line in lines] == [True, False] * (len(lines) // 2) and len(lines) >= 2
-        names = {word for line in lines for word in re.findall(r"\w+", line) if word in NAMES}
+        names = {word for line in lines for word in re.findall(r"\w+", line) if word in PARTS["names"]}
         assert len(names) <= 1 and ("Your name is" not in conversation or names)
 
 
