@@ -382,7 +382,7 @@ def plain_steps(model: Transformer, point: Point) -> Callable[[], Any]:
 def guessing_steps(model: Transformer, point: Point) -> Callable[[], Any]:
     """Return steps in which multi-token prediction guesses and the model checks; each is back at the point."""
     decoder, tokens = Decoder(model), tokens_of(model, point)
-    room = min(ROOM, model.config.max_seq_len - point.context)
+    room = min(max(ROOM, 1 + len(model.mtp)), model.config.max_seq_len - point.context)
     cache = random_cache(model, point.batch, point.context, room, mtp=True)
     mtp = cache.mtp
     assert mtp is not None, "the cache was made with mtp=True"

@@ -178,6 +178,14 @@ def test_guessing_step_is_the_same_work_each_time(decoding: DecodingSubject, mon
     assert seen[0] == seen[1] == seen[2] and seen[0][:2] == ([64, 64], [64, 64])
 
 
+def test_a_step_makes_all_guesses_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without room in the cache none would be made, and a step be timed that checks nothing."""
+    monkeypatch.setattr(module, "ROOM", 4)
+    monkeypatch.setattr(module, "accept_greedy", lambda guesses, _: len(guesses))
+    model = decoding_subject(n_mtp_layers=4).model
+    assert guessing_steps(model, Point(batch=2, context=60))() == [4, 4]
+
+
 def test_time_of_a_token_is_shared_by_accepted_guesses(decoding: DecodingSubject, monkeypatch: Any) -> None:
     found = Acceptance(drafted=10, accepted=6, tokens_per_step=1.6)
     monkeypatch.setitem(vars(decoding), "acceptance", found)
