@@ -187,14 +187,13 @@ def load_corpus(
     tokenizer = load_tokenizer(config.tokenizer)
     _check_vocabulary(config, tokenizer, vocab_size)
     source = find(config.path, cache, config.tokenizer)
-    where = source.words
 
     def check(train: int, val: int) -> None:
         for part, tokens in (("training", train), ("held-out", val)):
             if tokens < seq_len + 1:
                 raise ValueError(
-                    f"the {part} part of {where} has {tokens} tokens, too short for one sequence of {seq_len} and "
-                    f"its targets; want at least {seq_len + 1}: use more text or a smaller train.seq_len"
+                    f"the {part} part of {source.words} has {tokens} tokens, too short for one sequence of {seq_len} "
+                    f"and its targets; want at least {seq_len + 1}: use more text or a smaller train.seq_len"
                 )
 
     found, parts, words = CorpusCache(cache, source, tokenizer, config, seed).open(check, progress)

@@ -123,8 +123,8 @@ def optimizers(
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     by_muon = {name for name, p in named if config.optimizer == "muon" and is_inner_matrix(name, p)}
     muon = owned([p for name, p in named if name in by_muon])
-    kinds: defaultdict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
-    """Parameters that AdamW moves, by learning rate and weight decay."""
+    kinds: defaultdict[tuple[float, float, type], list[nn.Parameter]] = defaultdict(list)
+    """Parameters that AdamW moves, by learning rate, weight decay, and class: divided among processes, or whole."""
     for name, p in named:
         if name not in by_muon:
             weighs = WEIGHS.search(name)
@@ -134,13 +134,8 @@ def optimizers(
             if ENGRAM_TABLE in name:
                 lr = config.engram_tables_lr
             undecayed = weighs or p.dim() <= 1 or ENGRAM_TABLE in name
-            kinds[lr, 0.0 if undecayed else config.weight_decay].append(p)
-    groups = []
-    for (lr, decay), params in kinds.items():
-        # the parameters of a group are of one class: divided among processes, or whole
-        for divided in dict.fromkeys(type(p.data) for p in params):
-            alike = [p for p in params if type(p.data) is divided]
-            groups.append({"params": alike, "weight_decay": decay, "peak_lr": lr})
+            kinds[lr, 0.0 if undecayed else config.weight_decay, type(p.data)].append(p)
+    groups = [{"params": params, "weight_decay": decay, "peak_lr": lr} for (lr, decay, _), params in kinds.items()]
     betas, made = (config.beta1, config.beta2), list[Optimizer]()
     if muon:
         inner = {"params": muon, "peak_lr": config.muon_lr, "weight_decay": config.weight_decay}
