@@ -201,8 +201,8 @@ def is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:
     """Return whether a block that is made again in backward runs a product again.
 
     Backward needs no result of the last one. Two it needs: the routed experts', whose weights learn from them, and in
-    FP8 SwiGLU's with the product after it, one function. MTP's blocks end with a norm. In the warm-up the last result
-    that it needs is the indexer's.
+    FP8 SwiGLU's with the product after it, one function. MTP's blocks end with a norm, and begin with its projection.
+    The ends of the main model are no part of a block. In the warm-up the last result that it needs is the indexer's.
     """
     if stage == "warmup" and c.attention == "dsa":
         read = (INDEXER, SCORES, "attention", "projection")
@@ -213,7 +213,7 @@ def is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:
         and not use.mtp
         and use.kind in ("dense feed-forward", "shared experts")
     )
-    return use.name != "head" and not last
+    return use.place != "ends" and use.name != "head" and not last
 
 
 def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:

@@ -45,6 +45,8 @@ from dsmini.planner.figure import COUNTED, Figure, counted, figure, figures_of
 EXPERTS = "routed experts"
 Part = Literal["embedding", "dense", "moe", "head", "mtp"]
 PARTS_OF_A_MODEL: tuple[Part, ...] = ("embedding", "dense", "moe", "head", "mtp")
+TURNS = ("indexed", "compressed", "engram")
+"""Places of tensors that some blocks of the main model have, and others of the same kind have not."""
 Contents = Mapping[Part, float]
 """Number of each part: blocks that are dense and with experts, embeddings, heads, and ends of an MTP depth."""
 Operations = dict[tuple[str, str], float]
@@ -55,20 +57,22 @@ def one_of_each(c: ModelConfig) -> list[TensorUse]:
     """Return the tensors of one block of each kind and of the ends, of the main model or else of MTP.
 
     V4's kinds of attention take turns, so each block has the mean of what makes and chooses entries. So it is with
-    Engrams, and with indexers where layers share the choice of keys; the ends of an MTP depth have what its block lacks
-    of one.
+    Engrams, and with indexers where layers share the choice of keys. The ends of an MTP depth have what its block has
+    of these, less such a mean.
     """
-    share: Any = full_layers(c) / c.n_layers if "shared" in c.indexer_types else 1
     found: dict[tuple[str, str, str, int], TensorUse] = {}
+    lacking: list[TensorUse] = []
     for use in tensors(c):
-        mean = use.times / c.n_layers
-        times: Any = {"compressed": mean, "engram": mean, "indexed": share}.get(use.place, 1)
-        one = use._replace(times=times, mtp=use.mtp and use.place == "mtp")
-        found.setdefault((use.place, use.kind, use.name, use.ratio), one)
-    uses = list(found.values())
-    if share == 1:
-        return uses
-    return uses + [use._replace(place="mtp", times=1 - share) for use in uses if use.place == "indexed"]
+        mean: Any = use.times / c.n_layers
+        if use.place not in TURNS:
+            one = use._replace(times=1, mtp=use.mtp and use.place == "mtp")
+        elif use.mtp:
+            one = use._replace(times=1, place="mtp")
+        else:
+            one = use._replace(times=mean)
+            lacking.append(use._replace(times=-mean, place="mtp"))
+        found.setdefault((one.place, one.kind, one.name, one.ratio), one)
+    return [*found.values(), *lacking]
 
 
 def sizes_of(c: ModelConfig, source: str) -> dict[str, Figure]:
@@ -180,7 +184,7 @@ class ModelFigures:
         keys = tuple(itertools.product(("forward", "backward", "weights"), ("fp8", "routed", "plain")))
         found: dict[Part, Operations] = {part: dict.fromkeys(keys, 0.0) for part in PARTS_OF_A_MODEL}
         for use in self.uses:
-            again = recompute == "full" and is_repeated(self.config, use, "sparse") and use.place not in ("ends", "mtp")
+            again = recompute == "full" and is_repeated(self.config, use, "sparse")
             up = use.kind == "attention" and use.name in ("wkv_b", "wq_b")  # in V4 the queries before their norm
             again = again or (recompute == "selective" and up)
             rate = "plain" if use.form != "fp8" else "routed" if use.kind == EXPERTS else "fp8"

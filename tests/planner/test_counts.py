@@ -10,10 +10,13 @@ from hypothesis import strategies as st
 from dsmini import ModelConfig, accounting
 from dsmini.accounting.memory import TABLES
 from dsmini.accounting.tensors import SIZES
+from dsmini.planner.figure import Figure
 from dsmini.planner.hardware import load_hardware
+from dsmini.planner.model import ModelFigures
 from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Model, PlanRequest
 from dsmini.planner.serving import Deployment, Served, Service, ServingMemory
+from dsmini.planner.stages import places
 from tests.helpers.configs import released
 from tests.helpers.plans import every_of, plan_of
 from tests.helpers.strategies import model_configs
@@ -151,3 +154,25 @@ def test_gpus_together_compute_what_their_tokens_need() -> None:
     counted = accounting.decode_flops_per_token(released("deepseek-v3"), context=4096).total
     over = 2 * one.gpu_tokens * one.attention_products
     assert one.matrix_flops + one.expert_flops + one.plain_flops + over == 64 * counted
+
+
+@pytest.mark.parametrize("target", ["own", "served"])
+@pytest.mark.parametrize("name", ["glm-5.2", "deepseek-v3.2", "deepseek-v4-flash", "toy-engram"])
+def test_parts_of_a_model_are_those_that_are_counted(name: str, target: str) -> None:
+    """Also where layers differ: an MTP block has an indexer, and neither entries nor an Engram."""
+    config, s = released(name), 4096
+    if config.attention == "dsa":
+        config = dataclasses.replace(config, indexer_target=target)
+    m = ModelFigures(config, Figure("seq_len", s, "token", "", ""), "a test")
+    (whole,) = places(config, 1, "1f1b", config.n_layers)
+
+    def passed(recompute: Any) -> float:
+        of = m.operations(recompute)
+        return sum(n * f for part, n in whole.held.items() for (phase, _), f in of[part].items() if phase != "weights")
+
+    assert passed("none") == pytest.approx(accounting.flops_per_token(config, s, training=True).total, rel=1e-12)
+    steps = [accounting.step_flops(config, batch_size=1, seq_len=s, recompute=again).total for again in (False, True)]
+    # a depth has a position less than counted here, and the last product of its shared experts is repeated
+    assert passed("full") - passed("none") == pytest.approx((steps[1] - steps[0]) / s, rel=1e-3)
+    experts = whole.held["moe"] * config.n_routed_experts * m.expert_parameters
+    assert sum(whole.numbers(m, 1)) + experts == pytest.approx(accounting.parameters(config).total, rel=1e-12)
