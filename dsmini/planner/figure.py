@@ -34,11 +34,12 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, TypeVarTuple, overload
 
 from dsmini.report.units import human, is_whole, plural_of
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 NAME = re.compile(r"(?<![\w.])[a-z_][a-z_0-9]*(?![a-z_0-9]*\()")
 """Name in a formula that is not of a function."""
 FUNCTIONS = ("max", "min", "ceil", "floor", "sqrt", "exp")
@@ -124,6 +125,19 @@ def figure(unit: str = "", main: bool = False) -> Callable[[Callable[[Any], T]],
 def counted(unit: str = "", main: bool = False) -> Callable[[Callable[[Any], T]], Explained[T]]:
     """Make a method a figure that formulas name and that has none."""
     return lambda method: Explained(method, unit, True, main)
+
+
+def kept(function: Callable[[Any, *Ts], T]) -> Callable[[Any, *Ts], T]:
+    """Make a method, or a function of an object, compute once for the same arguments while the object lives."""
+
+    @functools.wraps(function)
+    def of(owner: Any, *args: *Ts) -> T:
+        results = owner.__dict__.setdefault("_kept", {})
+        if (function, args) not in results:
+            results[function, args] = function(owner, *args)
+        return results[function, args]
+
+    return of
 
 
 def figures_of(found: object, inputs: Figures) -> dict[str, Figure]:

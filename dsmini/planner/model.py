@@ -8,7 +8,6 @@ takes 6 * 36.62e9 + 3 * 61 * 128 * (192 + 128) * 4096 = 250.4 GFLOP a token, pri
 Source: DeepSeek-V3 report, section 4.2; "Insights into DeepSeek-V3" (INS, arXiv 2505.09343), tables 1 and 2.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -40,7 +39,7 @@ from dsmini.accounting.tensors import (
 from dsmini.config import ModelConfig
 from dsmini.config.model import CSA_RATIO
 from dsmini.planner import request
-from dsmini.planner.figure import COUNTED, Figure, counted, figure, figures_of
+from dsmini.planner.figure import COUNTED, Figure, counted, figure, figures_of, kept
 
 EXPERTS = "routed experts"
 Part = Literal["embedding", "dense", "moe", "head", "mtp"]
@@ -160,7 +159,7 @@ class ModelFigures:
         """Return the numbers of one block's tensors of a kind, one of each stack."""
         return sum(use.numbers for use in self.uses if use.kind == kind and place in ("", use.place))
 
-    @functools.cache  # noqa: B019 (a plan has one model)
+    @kept
     def local(self, tensor: int) -> tuple[Contents, Contents]:
         """Return the numbers that a GPU has of each part: of matrices but routed experts, and of what is never FP8.
 
@@ -177,7 +176,7 @@ class ModelFigures:
                     others[part] += numbers
         return matrices, others
 
-    @functools.cache  # noqa: B019
+    @kept
     def operations(self, recompute: Recompute) -> Mapping[Part, Operations]:
         """Return the operations of a token in each part: of forward, of backward with what is made again, and of the
         gradients of weights, which are a part of backward."""
@@ -195,7 +194,7 @@ class ModelFigures:
                 found[part]["weights", rate] += 2 * use.per_token
         return found
 
-    @functools.cache  # noqa: B019
+    @kept
     def seconds(self, recompute: Recompute, fp8_rate: float, plain_rate: float, imbalance: float) -> tuple[float, ...]:
         """Return the computing time of a token in each part, forward and backward."""
         rates = {"fp8": fp8_rate, "routed": fp8_rate / imbalance, "plain": plain_rate}
@@ -204,7 +203,7 @@ class ModelFigures:
             for of in self.operations(recompute).values()
         )
 
-    @functools.cache  # noqa: B019
+    @kept
     def saved(self, size: int, fp8: bool, recompute: Recompute) -> tuple[Mapping[Part, float], float]:
         """Return the bytes of a token that are saved for backward, by part and of the block that is made again.
 

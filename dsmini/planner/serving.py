@@ -30,7 +30,6 @@ A step reads both in 18.5 ms at the peak, its products take 15.8 ms, and its row
 Source: DeepSeek-V3 report, sections 3.4 and 5.4.3; INS, section 2.3.2; Leviathan et al., arXiv 2211.17192 (drafts).
 """  # noqa: E501
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import floor
@@ -42,7 +41,7 @@ from dsmini.accounting.tensors import SCORES, WeightDtype, blocks, divisors, mai
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.planner.exchange import Exchange
-from dsmini.planner.figure import Figure, counted, figure
+from dsmini.planner.figure import Figure, counted, figure, kept
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import gpus_in_node
 from dsmini.planner.model import CacheFigures, ModelFigures, WeightFigures
@@ -158,7 +157,7 @@ class Service:
         """Weights of multi-token prediction."""
         self.rows_read: float = rows_read(c, int(self.tokens["decode"]), self.cache.dtype)
 
-    @functools.cache  # noqa: B019 (a plan has one service)
+    @kept
     def rows(self, phase: Phase, gpus: int, tensor: int) -> tuple[Exchange, Exchange]:
         """Return the rows of experts on GPUs of which some share sequences: of an estimate, and the least."""
         in_node, stage = gpus_in_node(gpus, self.h.gpus_per_node), f"{phase}_"

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from dsmini.accounting.tensors import blocks
 from dsmini.config import ModelConfig
+from dsmini.planner.figure import kept
 from dsmini.planner.model import PARTS_OF_A_MODEL, Contents, ModelFigures, Operations, Part
 
 
@@ -53,7 +54,7 @@ class Place:
         """Parts whose activations it holds, once for each micro-batch."""
         return {part: sum(s.in_flight * s.contents.get(part, 0) for s in self.stages) for part in PARTS_OF_A_MODEL}
 
-    @functools.cache  # noqa: B019 (pipelines are cached)
+    @kept
     def numbers(self, m: ModelFigures, tensor: int) -> tuple[float, float]:
         """Return the numbers that the GPU has: of matrices but routed experts, and of what is never FP8."""
         matrices, others = m.local(tensor)
@@ -106,7 +107,7 @@ def places(c: ModelConfig, pipeline: int, schedule: str, last_layers: int) -> li
     return found if dual else [*found, Place("last", [last])]
 
 
-@functools.lru_cache(maxsize=4096)
+@kept
 def fastest_pipeline(m: ModelFigures, pipeline: int, schedule: str, seconds: tuple[float, ...]) -> Pipeline:
     """Return the pipeline with as many layers in the last stage as make the slowest GPU fastest.
 

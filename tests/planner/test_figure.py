@@ -1,15 +1,18 @@
 """Figures: numbers that are explained. The laws of all real ones are in test_formulas.py, and pages/ shows some."""
 
+import gc
 import inspect
 import sys
+import weakref
 from pathlib import Path
 from types import FrameType
 
 import pytest
 
 from dsmini.planner.figure import Figure, figure, figures_of
-from dsmini.planner.pages import explained
-from dsmini.planner.plan import model_alone
+from dsmini.planner.hardware import load_hardware
+from dsmini.planner.pages import explained, planned
+from dsmini.planner.plan import make_plan, model_alone
 from dsmini.planner.request import Model, PlanRequest
 from dsmini.reading import find_config
 
@@ -62,3 +65,14 @@ def test_explaining_the_cache_enters_six_files() -> None:
         sys.setprofile(None)
     assert answer.record["steps"][0]["exact"] == "70,272 B/token"
     assert entered == {"request", "plan", "figure", "model", "memory", "pages"}
+
+
+def test_plan_dies_with_its_owner() -> None:
+    """What it computed once is its own: no cache of a module holds a plan, its model, a service or a pipeline."""
+    plan = make_plan(PlanRequest(gpus=4), Model.from_file(find_config(Path("toy"))), load_hardware("h800"))
+    assert planned(plan, "a test").record["deployments"]["decode"]["front"]
+    parts = plan, plan.m, plan.service, plan.training, plan.training.pipeline.slowest, plan.found["decode"].main
+    dead = [weakref.ref(part) for part in parts]
+    del plan, parts
+    gc.collect()
+    assert [ref() for ref in dead] == [None] * len(dead)
