@@ -162,7 +162,7 @@ class Plan:
     def every(self) -> dict[str, dict[str, Figure]]:
         """Figures by section and name, and the inputs that they need, also where their plan does not fit."""
         t, r = self.training, self.request
-        training = [t, t.exchange, self.run, t.fullest, *([self.run.failures] if t.fits else [])]
+        training = t, t.exchange, self.run, t.fullest
         sizes = self.m.sizes | {name: self.inputs[name] for name in (*LAYOUT[:5], "micro_batch", "batch")}
         found = {
             "model": model_figures(self.m, r.weight_dtype or "bfloat16", r.cache_dtype or "bfloat16"),
@@ -200,7 +200,8 @@ def make_plan(
     inputs = inputs.filled(how, **{name: getattr(layout, name) for name in LAYOUT})
     inputs.sources["layout"] = how
     run = Run(chosen.training, inputs)
-    assert not chosen.training.fits or run.failures  # raises
+    if chosen.training.fits:
+        run.check_failures()
     service, unusable = None, ""
     try:
         inputs = resolve(inputs, model, hardware)

@@ -16,7 +16,6 @@ of the time.
 Source: Kokolis et al. (arXiv 2410.21680), Young (1974) and Daly (2006) for failures.
 """
 
-import functools
 from math import exp, sqrt
 
 from dsmini.config.fields import require
@@ -38,13 +37,17 @@ class Run:
         self.t: Training = t
         self.peak: Figure = t.h.peak(t.dtype)
         self.tokens: Figure = inputs["tokens"]
-        self.inputs: Inputs = inputs
         self.utilization: Figure | None = inputs["utilization"] if inputs.request.utilization is not None else None
+        self.failures_per_node_day: Figure = inputs["failures_per_node_day"]
+        self.restart: Figure = inputs["restart_time"]
+        self.halt: Figure = inputs["checkpoint_halt"]
 
-    @functools.cached_property
-    def failures(self) -> "Failures":
-        """What failures take of the time."""
-        return Failures(self.inputs, self.t.layout.gpus)
+    def check_failures(self) -> None:
+        """Raise ValueError for more failures than a run survives."""
+        mean = self.mean_time_to_failure
+        said = f"a failure every {human(mean, 's')} leaves no time to train, with {self.restart} "
+        said += f"for a restart and {self.halt} for a checkpoint; lower one of the three"
+        require(self.restart + self.halt + self.checkpoint_interval <= MOST_LOST * mean, said)
 
     @figure("token")
     def step_tokens(self) -> float:
@@ -103,28 +106,9 @@ class Run:
         return self.training_gpu_hours * 3600 * self.t.h.price
 
     @figure("s", main=True)
-    def elapsed_time(self) -> float | None:
-        """Time of the run with failures. Source: Kokolis et al. (arXiv 2410.21680)."""
-        return self.training_time / self.failures.effective_share if self.t.fits else None
-
-
-class Failures:
-    """Share of the time of GPUs that failures take. Raises: ValueError for more of them than a run survives."""
-
-    def __init__(self, inputs: Inputs, gpus: float) -> None:
-        self.gpus: float = gpus
-        self.failures_per_node_day: Figure = inputs["failures_per_node_day"]
-        self.restart: Figure = inputs["restart_time"]
-        self.halt: Figure = inputs["checkpoint_halt"]
-        mean = self.mean_time_to_failure
-        said = f"a failure every {human(mean, 's')} leaves no time to train, with {self.restart} "
-        said += f"for a restart and {self.halt} for a checkpoint; lower one of the three"
-        require(self.restart + self.halt + self.checkpoint_interval <= MOST_LOST * mean, said)
-
-    @figure("s", main=True)
     def mean_time_to_failure(self) -> float:
         """Mean time between failures. Source: Kokolis et al. (arXiv 2410.21680)."""
-        return 86400 / (self.gpus / GPUS_OF_A_FAILURE * self.failures_per_node_day)
+        return 86400 / (self.t.layout.gpus / GPUS_OF_A_FAILURE * self.failures_per_node_day)
 
     @figure("s")
     def checkpoint_interval(self) -> float:
@@ -132,8 +116,15 @@ class Failures:
         return sqrt(2 * self.halt * self.mean_time_to_failure)
 
     @figure(main=True)
-    def effective_share(self) -> float:
+    def effective_share(self) -> float | None:
         """Share of the time that trains. Source: Daly (2006): the complete cost function."""
+        if not self.t.fits:
+            return None
         mean = self.mean_time_to_failure
         lost = exp((self.checkpoint_interval + self.halt) / mean) - 1
         return self.checkpoint_interval / (mean * exp(self.restart / mean) * lost)
+
+    @figure("s", main=True)
+    def elapsed_time(self) -> float | None:
+        """Time of the run with failures. Source: Kokolis et al. (arXiv 2410.21680)."""
+        return self.training_time / self.effective_share if self.effective_share is not None else None

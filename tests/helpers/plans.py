@@ -12,7 +12,8 @@ from dsmini.planner.figure import Figure
 from dsmini.planner.hardware import Hardware, load_hardware
 from dsmini.planner.layout import check, rules
 from dsmini.planner.plan import Plan, make_plan
-from dsmini.planner.request import Model, PlanRequest
+from dsmini.planner.request import Inputs, Model, PlanRequest
+from dsmini.planner.run import Run
 from dsmini.planner.search import Chosen
 from dsmini.planner.training import Training
 from tests.helpers.configs import CONFIGS
@@ -84,6 +85,13 @@ def trained_in(plan: Plan, **layout: Any) -> Training:
     other = dataclasses.replace(plan.training.layout, **layout)
     check(rules(other, plan.model.config, plan.hardware.gpus_per_node))
     return Training(plan.m, plan.hardware, plan.inputs, other)
+
+
+def run_of(plan: Plan, gpus: int, **choices: Any) -> Run:
+    """Return the run of a plan on other GPUs in its layout, also where they do not divide, with other choices."""
+    inputs = Inputs(request=dataclasses.replace(plan.request, **choices), sources=plan.sources)
+    layout = dataclasses.replace(plan.training.layout, gpus=gpus)
+    return Run(Training(plan.m, plan.hardware, inputs, layout), inputs)
 
 
 def in_layout(plan: Plan, **layout: Any) -> dict[str, float]:

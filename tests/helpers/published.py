@@ -27,10 +27,10 @@ from dsmini.planner.figure import Figure, Figures, figures_of
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.model import CacheFigures, ModelFigures
 from dsmini.planner.plan import Plan, make_plan
-from dsmini.planner.request import Inputs, Model, PlanRequest, reference
-from dsmini.planner.run import Failures
+from dsmini.planner.request import Model, PlanRequest, reference
 from dsmini.reading import read_toml
 from dsmini.report.units import human, in_words
+from tests.helpers.plans import run_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "published.md"
@@ -103,7 +103,7 @@ def v3(**choices: Any) -> Plan:
 def figures_of_row(model: str = "", gpus: int = 0) -> Figures:
     """Return the figures that a row may name: of a model alone, of failures of GPUs, or of DeepSeek-V3's plan."""
     if gpus:
-        return figures_of(Failures(Inputs(request=PlanRequest(), sources={}), gpus), {})
+        return figures_of(run_of(v3(), gpus), {})
     if not model:
         return v3().figures
     counts = ModelFigures(reference(model), Figure("seq_len", 4096, "token", "", ""), model)

@@ -1,7 +1,6 @@
 """Training: what GPUs hold together, steps against the report, and rows against the gate."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -14,11 +13,10 @@ from dsmini.nn import route
 from dsmini.planner.exchange import places_hit
 from dsmini.planner.pages import lines_of
 from dsmini.planner.plan import make_plan
-from dsmini.planner.request import Inputs, Model, PlanRequest, reference
-from dsmini.planner.run import Failures
+from dsmini.planner.request import Model, PlanRequest, reference
 from dsmini.planner.search import DEFAULTS
 from dsmini.planner.training import PARTS
-from tests.helpers.plans import every_of, hardware_of, in_layout, plan_of, trained_in, values_of
+from tests.helpers.plans import every_of, hardware_of, in_layout, plan_of, run_of, trained_in, values_of
 
 # --- what GPUs hold
 
@@ -272,23 +270,13 @@ SIMULATED = 0.004
 sums that go together."""
 
 
-def failures(gpus: float, write: float, restart: float = 300) -> Failures:
-    request = PlanRequest(restart_time=restart, checkpoint_halt=write)
-    return Failures(Inputs(request=request, sources={}), gpus)
-
-
-@functools.cache
-def mean_time(gpus: float) -> float:
-    return failures(gpus, 1e-9, 1e-9).mean_time_to_failure
-
-
-def trained(gpus: float, write: float, interval: float, seed: int) -> float:
+def trained(mean: float, write: float, interval: float, seed: int) -> float:
     """Return the share of the time that trains in a run with 100,000 random failures, in restarts and writes too.
 
     Each time between two failures is drawn from an exponential distribution. It begins with the restart, and then
     trains and writes in turns. The work since the last complete checkpoint is lost.
     """
-    time = np.random.default_rng(seed).exponential(mean_time(gpus), 100_000)
+    time = np.random.default_rng(seed).exponential(mean, 100_000)
     work = np.floor(np.maximum(time - 300, 0.0) / (interval + write)) * interval
     return float(work.sum() / time.sum())
 
@@ -297,10 +285,11 @@ def trained(gpus: float, write: float, interval: float, seed: int) -> float:
     ("gpus", "write"), [(1024, 10), (1024, 300), (16_384, 300), (131_072, 10), (131_072, 300), (1_000_000, 10)]
 )
 def test_share_of_the_time_agrees_with_a_simulation(gpus: int, write: float) -> None:
-    made = failures(gpus, write)
-    found, interval = made.effective_share, made.checkpoint_interval
+    made = run_of(plan_of("toy"), gpus, restart_time=300, checkpoint_halt=write)
+    found, interval = made.effective_share or 0, made.checkpoint_interval
     # rare cycles count for more: one in 1 / found failures completes any
-    assert found == pytest.approx(trained(gpus, write, interval, gpus), rel=4 * SIMULATED / math.sqrt(found))
+    simulated = trained(made.mean_time_to_failure, write, interval, gpus)
+    assert found == pytest.approx(simulated, rel=4 * SIMULATED / math.sqrt(found))
 
 
 # --- parts of a sequence
