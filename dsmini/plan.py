@@ -29,7 +29,7 @@ from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.planner.request import PlanRequest
-from dsmini.reading import find_config
+from dsmini.reading import find_config, refuse_folder
 
 if TYPE_CHECKING:
     from dsmini.planner.pages import Answer
@@ -106,7 +106,11 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
     if command.config is None and not command.compare:
         raise ValueError("a plan needs a config; name a .toml or .json, such as configs/deepseek-v3.toml")
     if command.config is not None:
-        _refuse_config(command.config)
+        refuse_folder(command.config)
+        if command.config.suffix not in (".toml", ".json"):
+            raise ValueError(
+                f"{command.config} is not a .toml or .json; name a config, such as configs/deepseek-v3.toml"
+            )
     if command.of and not command.vary:
         raise ValueError("--of names the figures that --vary compares; add --vary, or --explain one figure")
     if command.depth is not None and command.explain is None:
@@ -117,14 +121,6 @@ def _refuse(command: PlanCommand, args: Sequence[str]) -> None:
         raise ValueError(f"--search chooses {', '.join(sorted(chosen))}; leave that out, or leave out --search")
     if command.out is not None and command.explain is not None:
         raise ValueError("--explain prints one figure, and --out writes a page of all; leave one of them out")
-
-
-def _refuse_config(config: Path) -> None:
-    """Raise ValueError for a path that is not a config."""
-    if config.is_dir():
-        raise ValueError(f"{config} is a folder; name the config in it, such as {config / 'config.json'}")
-    if config.suffix not in (".toml", ".json"):
-        raise ValueError(f"{config} is not a .toml or .json; name a config, such as configs/deepseek-v3.toml")
 
 
 def _answer(command: PlanCommand, args: Sequence[str], console: Console) -> "Answer":

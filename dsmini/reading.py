@@ -63,6 +63,16 @@ def find_config(name: Path) -> Path:
     raise ValueError(f"there is no file {name}; {fix}")
 
 
+def refuse_folder(path: Path) -> None:
+    """Refuse a folder where a config is wanted. Raises: ValueError with a config that is in it, if there is one."""
+    if not path.is_dir():
+        return
+    usual = [path / name for name in ("config.json", "config.toml") if is_there(path / name)]
+    for config in [*usual, *sorted(path.glob("*.toml")), *sorted(path.glob("*.json"))]:
+        raise ValueError(f"{path} is a folder; name the config in it, such as {config}")
+    raise ValueError(f"{path} is a folder without a .toml or .json; name a config")
+
+
 def check_path(path: Path, what: str) -> None:
     """Refuse a path that no system call takes.
 

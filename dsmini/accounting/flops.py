@@ -35,7 +35,7 @@ from dsmini.accounting.tensors import (
     INDEXER,
     OVER,
     SCORES,
-    Stage,
+    DsaStage,
     TensorUse,
     check_context,
     check_depths,
@@ -81,7 +81,7 @@ def flops_per_token(
     causal: bool = True,
     training: bool = False,
     mtp: bool | None = None,
-    dsa_stage: Stage = "sparse",
+    dsa_stage: DsaStage = "sparse",
 ) -> Flops:
     """Return the FLOPs of a token, the mean over a sequence of seq_len tokens: 2 N + L H (d_qk + d_v) seq_len.
 
@@ -141,7 +141,7 @@ def step_flops(
     training: bool = True,
     recompute: bool = False,
     last_logits: bool = False,
-    dsa_stage: Stage = "sparse",
+    dsa_stage: DsaStage = "sparse",
 ) -> Flops:
     """Return the FLOPs of one step over batch_size sequences of seq_len tokens, at the positions that there are.
 
@@ -174,7 +174,7 @@ def step_flops(
     return _flops(amounts())
 
 
-def work(c: ModelConfig, use: TensorUse, s: int, n: int, causal: bool, stage: Stage | None) -> Iterator[Work]:
+def work(c: ModelConfig, use: TensorUse, s: int, n: int, causal: bool, stage: DsaStage | None) -> Iterator[Work]:
     """Yield the FLOPs of a tensor for n tokens of a sequence of s, and of an indexer's loss next to its scores.
 
     Args:
@@ -197,7 +197,7 @@ def work(c: ModelConfig, use: TensorUse, s: int, n: int, causal: bool, stage: St
         yield Work(use.module.replace(SCORES, LOSS), learnt * int(n * loss), 0)
 
 
-def is_repeated(c: ModelConfig, use: TensorUse, stage: Stage) -> bool:
+def is_repeated(c: ModelConfig, use: TensorUse, stage: DsaStage) -> bool:
     """Return whether a block that is made again in backward runs a product again.
 
     Backward needs no result of the last one. Two it needs: the routed experts', whose weights learn from them, and in
@@ -226,7 +226,7 @@ def by_depth(use: TensorUse, seq_len: int) -> Iterator[tuple[TensorUse, int]]:
 
 
 def twice_the_keys(
-    most_keys: int | None, s: int, causal: bool = True, stage: Stage | None = None, ratio: int = 1
+    most_keys: int | None, s: int, causal: bool = True, stage: DsaStage | None = None, ratio: int = 1
 ) -> Fraction:
     """Return two times the keys that a query sees, at most most_keys, the mean over s queries.
 

@@ -67,7 +67,7 @@ from dsmini.accounting.tensors import (
     STREAMS,
     Bytes,
     Dtype,
-    Stage,
+    DsaStage,
     TensorUse,
     WeightDtype,
     blocks,
@@ -114,7 +114,7 @@ def weight_bytes(config: ModelConfig, dtype: WeightDtype = "bfloat16", mtp: bool
     return Bytes.of((name, use.count * amount) for use in uses for name, amount in use.held(dtype))
 
 
-def gradient_bytes(config: ModelConfig, dsa_stage: Stage = "sparse") -> Bytes:
+def gradient_bytes(config: ModelConfig, dsa_stage: DsaStage = "sparse") -> Bytes:
     """Return the bytes of the gradients: FP32, as the parameters of training are; a stack of experts has one whole."""
     return Bytes.of((use.module, 4 * use.parameters) for use in tensors(config) if use.learns(dsa_stage))
 
@@ -123,7 +123,7 @@ def optimizer_bytes(
     config: ModelConfig,
     optimizer: Optimizer = "adamw",
     moments: Dtype = "float32",
-    dsa_stage: Stage = "sparse",
+    dsa_stage: DsaStage = "sparse",
 ) -> Bytes:
     """Return the bytes that the optimizers store of FP32 parameters after a step. Exact.
 
@@ -158,7 +158,7 @@ def training_bytes(
     optimizer: Optimizer = "adamw",
     moments: Dtype = "float32",
     recompute: bool | Recompute = False,
-    dsa_stage: Stage = "sparse",
+    dsa_stage: DsaStage = "sparse",
 ) -> Bytes:
     """Return the bytes that are held at the end of a forward in training: a lower bound, as activation_bytes is.
 

@@ -57,7 +57,7 @@ WeightDtype = Literal["float32", "bfloat16", "fp8", "fp4", "int8", "int4"]
 """fp8: the matrices of attention and feed-forwards as E4M3 codes with an FP32 scale for each block of 128x128. fp4: as
 V4 is served, the same but for routed experts, which have E2M1 codes with a scale of one byte for 32 of them. int8: the
 bytes of fp8. int4: routed experts as codes of 4 bits with a BF16 scale for 32 of them, all else in BF16."""
-Stage = Literal["warmup", "sparse"]
+DsaStage = Literal["warmup", "sparse"]
 """Stage in which indexers learn: as train.dsa_stage. In the warm-up nothing else does."""
 Place = Literal["ends", "mtp", "block", "indexed", "dense", "moe", "scored", "hashed", "compressed", "engram"]
 """Blocks that have a tensor: none, as the ends of the model and of a depth; all; those of DSA with an indexer; those
@@ -143,7 +143,7 @@ class TensorUse(NamedTuple):
         """Multiply-adds of a token in all blocks, which is also the number of parameters it is multiplied with."""
         return self.times * self.visits * self.numbers
 
-    def learns(self, stage: Stage) -> bool:
+    def learns(self, stage: DsaStage) -> bool:
         """Return whether training changes it in a stage."""
         return stage == "sparse" or self.kind == INDEXER or self.name.startswith("k_norm.")
 

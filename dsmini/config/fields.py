@@ -43,6 +43,7 @@ class Bounds(NamedTuple):
             fault = "negative" if least == 0 else "not positive"
             fault = "too small" if value > 0 else fault
             fix = f"more than {above:g}" if least is None else f"{least:g} or more"
+            fix = "more than 0" if value <= 0 < (least or 0) < 1 else fix  # a least number that is no round one
         elif (most is not None and value > most) or (below is not None and value >= below):
             largest = below if most is None else most
             number = f"{largest:,}" if isinstance(largest, int) else f"{largest:g}"

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dsmini.config.fields import Bounds, build, check_types, refuse_unknown, require, require_multiple, setting
 from dsmini.config.published import config_from_json
-from dsmini.reading import brief, find_config, read_table, read_toml
+from dsmini.reading import brief, find_config, read_table, read_toml, refuse_folder
 
 SECTIONS = ["model", "data", "train", "parallel", "out", "serving"]
 """Top-level keys of a TOML file."""
@@ -435,8 +435,7 @@ class ModelConfig:
         Raises: ValueError naming the key that is unknown, cannot be honoured, or has a wrong value.
         """
         path = find_config(Path(path))
-        file = path / "config.json"
-        require(not path.is_dir(), f"{path} is a folder; name the config in it, such as {file}")
+        refuse_folder(path)
         if path.suffix == ".json":
             raw = read_table(path)
             return build(cls, config_from_json(raw, str(path)), path.name, "")

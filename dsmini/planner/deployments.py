@@ -40,7 +40,7 @@ TTFT = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Found:
+class Deployments:
     """Deployments of a phase that fit, and what was chosen among them."""
 
     phase: Phase
@@ -98,7 +98,7 @@ def resolve(inputs: Inputs, model: Model, h: Hardware) -> Inputs:
     return inputs.filled("chosen", weight_dtype=plain, cache_dtype="bfloat16", indexer_dtype="bfloat16")
 
 
-def search(s: Service, r: PlanRequest, phase: Phase) -> Found:
+def search(s: Service, r: PlanRequest, phase: Phase) -> Deployments:
     """Return all deployments of a phase that a request leaves open.
 
     Raises: ValueError for numbers that no deployment can have, and for a time that none keeps, with the nearest.
@@ -127,7 +127,7 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Found:
     how: dict[str, Any] = {"phase": phase, "limit": limit, "rejected": rejected}
     if not every:
         require(not refused or bool(unfit[1]), refused)
-        return Found(**how, every=[], points={}, misfit=unfit[1])
+        return Deployments(**how, every=[], points={}, misfit=unfit[1])
     fastest = min(every, key=lambda each: each.time)
     timely = [each for each in every if each.time <= limit]
     rejected["too slow"] = len(every) - len(timely)
@@ -150,7 +150,7 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Found:
         own, why_not = _own(s, phase)
         rejected[f"{OWN}, {why_not}"] = not own
         points |= {OWN: max(own, key=lambda each: (each.time <= limit, rate(each)))} if own else {}
-    return Found(**how, every=every, points=points, misfit="")
+    return Deployments(**how, every=every, points=points, misfit="")
 
 
 def _groups(s: Service, r: PlanRequest, phase: Phase) -> Iterator[tuple[int, int]]:

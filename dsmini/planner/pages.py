@@ -16,7 +16,7 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.config.fields import require
 from dsmini.console.messages import say
-from dsmini.planner.deployments import IN_TIME, Found
+from dsmini.planner.deployments import IN_TIME, Deployments
 from dsmini.planner.figure import Figures, explain, needed, step_of, text
 from dsmini.planner.hardware import OnPart, load_hardware, quiet
 from dsmini.planner.layout import Layout
@@ -133,7 +133,7 @@ def _layout(r: Layout) -> str:
     return ", ".join([*found, r.schedule] if r.pipeline > 1 else found)
 
 
-def _served(plan: Plan, found: Found) -> list[str]:
+def _served(plan: Plan, found: Deployments) -> list[str]:
     """Return the points of a search, its bound, and why other deployments were left out."""
     r, phase, service = plan.request, found.phase, found.main.s
     limit = human(found.limit, "s")
@@ -255,7 +255,7 @@ def sections(plan: Plan) -> list[Section]:
     return found
 
 
-def front_table(found: Found, priced: bool) -> Table:
+def front_table(found: Deployments, priced: bool) -> Table:
     """Return the deployments of the front, the fastest for a user first: the estimate, then the bound in brackets."""
     rows: list[tuple[str, ...]] = []
     for each in found.front:
@@ -271,7 +271,7 @@ def front_table(found: Found, priced: bool) -> Table:
     )
 
 
-def front_plot(found: Found) -> Plot:
+def front_plot(found: Deployments) -> Plot:
     """Return the front as a picture: tokens/s of a user and of a GPU, the estimate and the bound."""
     front, label = found.front, ("estimate", "bound of the same")
     x = [1 / each.time for each in front], [1 / each.least_time for each in front]

@@ -32,7 +32,7 @@ from typing import Any
 
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
-from dsmini.planner.deployments import Found, resolve, search
+from dsmini.planner.deployments import Deployments, resolve, search
 from dsmini.planner.figure import Figure, Figures, check_name, figures_of, needed
 from dsmini.planner.hardware import FIGURES, USER, Hardware, OnPart, load_hardware, quiet
 from dsmini.planner.model import CacheFigures, ModelFigures, model_figures, sizes_of
@@ -64,7 +64,7 @@ class Plan:
     """Reason why there is no service, in one sentence; "" if there is one."""
 
     @cached_property
-    def _found(self) -> tuple[Mapping[Phase, Found], str]:
+    def _found(self) -> tuple[Mapping[Phase, Deployments], str]:
         if self.service is None:
             return {}, self.unusable
         try:
@@ -73,7 +73,7 @@ class Plan:
             return {}, str(error)
 
     @property
-    def found(self) -> Mapping[Phase, Found]:
+    def found(self) -> Mapping[Phase, Deployments]:
         """Deployments of both phases, searched when they are first asked for; none where serving has no plan."""
         return self._found[0]
 

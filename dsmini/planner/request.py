@@ -91,7 +91,7 @@ class PlanRequest:
     """Number of sequences in an optimizer step; left out, as seq_len and tokens: the config's [train], or V3's."""
     seq_len: int | None = None
     """Length of a training sequence in tokens."""
-    tokens: float | None = None
+    tokens: float | None = setting(None, least=1, most=LARGEST)
     """Number of tokens of the whole training, such as 14.8e12."""
     utilization: float | None = setting(None, above=0, below=1)
     """Share of the peak that your training reaches (MFU), such as 0.39; left out: what the parts of a step give."""

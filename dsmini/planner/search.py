@@ -58,7 +58,7 @@ DEFAULTS: Mapping[str, Any] = {
 """Layout of one process."""
 
 
-Found = tuple[float, float, int, Training]
+Ranked = tuple[float, float, int, Training]
 """Layout that was planned: seconds of a step, memory, and place among all of the options, by which they are sorted."""
 
 
@@ -88,9 +88,9 @@ class Search:
                     layout = replace(here, recompute=recompute, precision=precision)
                     yield Training(self.m, self.hardware, self.assumed, layout)
 
-    def fastest(self, most: int, on_part: OnPart = quiet) -> list[Found]:
+    def fastest(self, most: int, on_part: OnPart = quiet) -> list[Ranked]:
         """Return the fastest layouts that fit, one for each combination of sizes, fastest first."""
-        best: dict[tuple[int, ...], Found] = {}
+        best: dict[tuple[int, ...], Ranked] = {}
         every = list(self.every())
         for i, t in enumerate(every):
             if t.fits:

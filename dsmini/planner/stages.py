@@ -32,7 +32,7 @@ class Stage(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class GpuStages:
     """Stages of one GPU."""
 
     name: str
@@ -73,15 +73,15 @@ class Place:
 class Pipeline(NamedTuple):
     """Places of a pipeline whose slowest GPU is fastest."""
 
-    places: Sequence[Place]
-    slowest: Place
+    places: Sequence[GpuStages]
+    slowest: GpuStages
     most_layers: float
     """Layers of the fullest stage, with those of multi-token prediction."""
     most_moe: float
     """MoE layers that a micro-batch passes in the GPU with most of them."""
 
 
-def places(c: ModelConfig, pipeline: int, schedule: str, last_layers: int) -> list[Place]:
+def places(c: ModelConfig, pipeline: int, schedule: str, last_layers: int) -> list[GpuStages]:
     """Return the GPUs that can hold most or be the slowest, if the last stage has this many layers without MTP."""
     dense, moe, mtp_dense, _ = blocks(c)
     dual, mtp = schedule == "dualpipe", c.n_mtp_layers
@@ -90,7 +90,7 @@ def places(c: ModelConfig, pipeline: int, schedule: str, last_layers: int) -> li
         return Stage({"dense": dense, "moe": layers - dense, **ends}, vocabulary, in_flight)  # pyright: ignore
 
     if pipeline == 1:
-        return [Place("only", [stage(c.n_layers + mtp, dense + mtp_dense, 1, 2, embedding=1, head=1, mtp=mtp)])]
+        return [GpuStages("only", [stage(c.n_layers + mtp, dense + mtp_dense, 1, 2, embedding=1, head=1, mtp=mtp)])]
     most = math.ceil((c.n_layers - last_layers) / (pipeline - 1))
     first = stage(most, min(dense, most), pipeline, 1, embedding=1)
     dense_last = max(0, dense - (c.n_layers - last_layers)) + mtp_dense
@@ -98,13 +98,13 @@ def places(c: ModelConfig, pipeline: int, schedule: str, last_layers: int) -> li
     last = stage(last_layers + mtp, dense_last, pipeline if schedule == "zb1p" else 1, copy, head=1, mtp=mtp)
     in_flight = {"1f1b": pipeline - 1, "zb1p": pipeline, "dualpipe": (pipeline + 1) / 2}[schedule]
     middle = stage(most, most - min(moe, most), in_flight)
-    found = [Place("first", [first, last] if dual else [first])]
+    found = [GpuStages("first", [first, last] if dual else [first])]
     if pipeline > 2 and c.n_dense_layers > 1:
         second = stage(most, max(0, min(dense - most, most)), in_flight)
-        found.append(Place("second", [second, middle] if dual else [second]))
+        found.append(GpuStages("second", [second, middle] if dual else [second]))
     if pipeline > 2:
-        found.append(Place("middle", [middle, middle] if dual else [middle]))
-    return found if dual else [*found, Place("last", [last])]
+        found.append(GpuStages("middle", [middle, middle] if dual else [middle]))
+    return found if dual else [*found, GpuStages("last", [last])]
 
 
 @kept
@@ -115,10 +115,10 @@ def fastest_pipeline(m: ModelFigures, pipeline: int, schedule: str, seconds: tup
         seconds: of a token in each part of a model.
     """
 
-    def time(place: Place) -> float:
+    def time(place: GpuStages) -> float:
         return sum(n * s for n, s in zip(place.worked.values(), seconds, strict=True))
 
-    def divided(last: int) -> tuple[float, int, list[Place], Place]:
+    def divided(last: int) -> tuple[float, int, list[GpuStages], GpuStages]:
         found = places(m.config, pipeline, schedule, last)
         slowest = max(found, key=lambda place: (time(place), place.name))
         return time(slowest), -last, found, slowest

@@ -32,7 +32,7 @@ from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import Layout, gpus_in_node
 from dsmini.planner.model import ModelFigures
 from dsmini.planner.request import DTYPES, Inputs
-from dsmini.planner.stages import Pipeline, Place, fastest_pipeline
+from dsmini.planner.stages import GpuStages, Pipeline, fastest_pipeline
 
 ZERO3_GATHERED = 2
 """Layers whose weights ZeRO 3 holds whole: the one at work and the one that is fetched."""
@@ -365,9 +365,9 @@ class Training:
 class Gpu:
     """Parameters and memory of a GPU of a pipeline."""
 
-    def __init__(self, t: Training, place: Place) -> None:
+    def __init__(self, t: Training, place: GpuStages) -> None:
         self.t: Training = t
-        self.place: Place = place
+        self.place: GpuStages = place
         self.numbers: tuple[float, float] = place.numbers(t.m, t.layout.tensor)
         self.holders: float = t.layout.holders * t.layout.copies
         self.expert_holders: float = t.expert_data * t.layout.copies

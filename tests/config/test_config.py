@@ -375,7 +375,10 @@ def test_attention_factor_of_transformers_spelling_is_refused(tmp_path: Path) ->
 
 
 def test_a_folder_and_an_unlike_argument_are_refused_in_a_short_sentence(tmp_path: Path) -> None:
-    want = f"{tmp_path} is a folder; name the config in it, such as {tmp_path / 'config.json'}"
-    assert refusal(ModelConfig.from_file, tmp_path) == want
+    assert refusal(ModelConfig.from_file, tmp_path) == f"{tmp_path} is a folder without a .toml or .json; name a config"
+    for name in ("z.json", "b.toml", "a.toml", "config.json"):
+        (tmp_path / name).touch()
+        want = f"{tmp_path} is a folder; name the config in it, such as {tmp_path / name}"
+        assert refusal(ModelConfig.from_file, tmp_path) == want
     said = refusal(layer_config, None, {"mask": None})
     assert said.startswith("unknown key 'mask' in the arguments; the nearest of ") and len(said) < 140

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from dsmini.planner.deployments import CHEAPEST, FASTEST, IN_TIME, OWN, Found, search
+from dsmini.planner.deployments import CHEAPEST, FASTEST, IN_TIME, OWN, Deployments, search
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.serving import PARTS, PHASES, Deployment, Served, Service, ServingMemory, serve
 from tests.helpers.configs import refusal
@@ -28,7 +28,7 @@ def served(words: str, **d: Any) -> Served:
     return serve(service, Deployment(**({"phase": "decode", "redundant": spare} | d)))
 
 
-def found_of(words: str, phase: Any = "decode") -> Found:
+def found_of(words: str, phase: Any = "decode") -> Deployments:
     return plan_of(words).found[phase]
 
 
