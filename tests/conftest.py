@@ -121,9 +121,6 @@ def _freed_memory() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # forget compiled code
-    for cached in gc.get_objects():  # plans of one file are not those of the next
-        if type(cached) is functools._lru_cache_wrapper and ".plan" in str(cached.__module__):
-            cached.cache_clear()
     gc.collect()
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
         ctypes.CDLL(None).malloc_trim(0)

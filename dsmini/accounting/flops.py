@@ -202,7 +202,8 @@ def is_repeated(c: ModelConfig, use: TensorUse, stage: DsaStage) -> bool:
 
     Backward needs no result of the last one. Two it needs: the routed experts', whose weights learn from them, and in
     FP8 SwiGLU's with the product after it, one function. MTP's blocks end with a norm, and begin with its projection.
-    The ends of the main model are no part of a block. In the warm-up the last result that it needs is the indexer's.
+    Several residual streams read the last result. The ends of the main model are no part of a block. In the warm-up the
+    last result that it needs is the indexer's.
     """
     if stage == "warmup" and c.attention == "dsa":
         read = (INDEXER, SCORES, "attention", "projection")
@@ -210,6 +211,7 @@ def is_repeated(c: ModelConfig, use: TensorUse, stage: DsaStage) -> bool:
     last = (
         use.name == "w2"
         and c.precision == "native"
+        and c.hc_mult == 1
         and not use.mtp
         and use.kind in ("dense feed-forward", "shared experts")
     )

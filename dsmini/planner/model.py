@@ -24,6 +24,7 @@ from dsmini.accounting.memory import (
     row_bytes,
 )
 from dsmini.accounting.tensors import (
+    ENGRAM_TABLES,
     INDEXER,
     MTP,
     OVER,
@@ -32,6 +33,7 @@ from dsmini.accounting.tensors import (
     TensorUse,
     WeightDtype,
     blocks,
+    engram_width,
     full_layers,
     main_tensors,
     tensors,
@@ -48,6 +50,8 @@ TURNS = ("indexed", "compressed", "engram")
 """Places of tensors that some blocks of the main model have, and others of the same kind have not."""
 Contents = Mapping[Part, float]
 """Number of each part: blocks that are dense and with experts, embeddings, heads, and ends of an MTP depth."""
+RATES = ("fp8", "routed", "plain")
+OPERATIONS = tuple(itertools.product(("forward", "backward", "weights"), RATES))
 Operations = dict[tuple[str, str], float]
 """FLOPs of a token by phase (forward, backward, weights) and rate (fp8, routed, plain)."""
 
@@ -87,6 +91,9 @@ class ModelFigures:
         self.config: ModelConfig = c
         self.seq_len: Figure = seq_len
         self.uses: list[TensorUse] = one_of_each(c)
+        self.parts: Mapping[Part, list[TensorUse]] = {
+            part: [use for use in self.uses if part in _parts(use)] for part in PARTS_OF_A_MODEL
+        }
         self.sizes: dict[str, Figure] = sizes_of(c, source)
         of = parameters(c)
         every = [_module(name, "parameters", n) for name, n in of.by_module.items()]
@@ -165,33 +172,31 @@ class ModelFigures:
 
         The matrices of embedding and head are left out; a stage says how many it has.
         """
-        matrices: dict[Part, float] = dict.fromkeys(PARTS_OF_A_MODEL, 0.0)
-        others = dict(matrices)
-        for use in self.uses:
-            numbers = use.times * use.numbers / (1 if use.split == "whole" else tensor)
-            for part in _parts(use):
-                if use.form == "fp8" and use.kind != EXPERTS:
-                    matrices[part] += numbers
-                elif use.form != "fp8" and use.kind not in ("embedding", "head"):
-                    others[part] += numbers
+
+        def numbers(uses: list[TensorUse], fp8: bool) -> float:
+            found = (u for u in uses if (u.form == "fp8") == fp8 and u.kind not in (EXPERTS, "embedding", "head"))
+            return sum(use.times * use.numbers / (1 if use.split == "whole" else tensor) for use in found)
+
+        matrices: Contents = {part: numbers(uses, True) for part, uses in self.parts.items()}
+        others: Contents = {part: numbers(uses, False) for part, uses in self.parts.items()}
         return matrices, others
 
     @kept
     def operations(self, recompute: Recompute) -> Mapping[Part, Operations]:
         """Return the operations of a token in each part: of forward, of backward with what is made again, and of the
         gradients of weights, which are a part of backward."""
-        keys = tuple(itertools.product(("forward", "backward", "weights"), ("fp8", "routed", "plain")))
-        found: dict[Part, Operations] = {part: dict.fromkeys(keys, 0.0) for part in PARTS_OF_A_MODEL}
-        for use in self.uses:
-            again = recompute == "full" and is_repeated(self.config, use, "sparse")
-            up = use.kind == "attention" and use.name in ("wkv_b", "wq_b")  # in V4 the queries before their norm
-            again = again or (recompute == "selective" and up)
-            rate = "plain" if use.form != "fp8" else "routed" if use.kind == EXPERTS else "fp8"
-            for part in _parts(use):
+        found: dict[Part, Operations] = {part: dict.fromkeys(OPERATIONS, 0.0) for part in self.parts}
+        for part, uses in self.parts.items():
+            of = found[part]
+            for use in uses:
+                again = recompute == "full" and is_repeated(self.config, use, "sparse")
+                up = use.kind == "attention" and use.name in ("wkv_b", "wq_b")  # in V4 the queries before their norm
+                again = again or (recompute == "selective" and up)
+                rate = "plain" if use.form != "fp8" else "routed" if use.kind == EXPERTS else "fp8"
                 for each in work(self.config, use, int(self.seq_len), 1, True, "sparse"):
-                    found[part]["forward", rate] += each.forward
-                    found[part]["backward", rate] += each.backward + again * each.forward
-                found[part]["weights", rate] += 2 * use.per_token
+                    of["forward", rate] += each.forward
+                    of["backward", rate] += each.backward + again * each.forward
+                of["weights", rate] += 2 * use.per_token
         return found
 
     @kept
@@ -228,15 +233,13 @@ def _module(kind: str, what: str, number: int) -> Figure:
     return Figure(name, number, "", f"{what.capitalize()}: {kind}", COUNTED)
 
 
-def _parts(use: TensorUse) -> list[Part]:
+def _parts(use: TensorUse) -> tuple[str, ...]:
     """Return the parts of a model that have a tensor."""
-    if use.place in ("block", "compressed", "indexed", "engram"):
-        return ["dense", "moe"]
-    if use.place in ("scored", "hashed"):
-        return ["moe"]
-    if use.place != "ends":
-        return [use.place]  # MTP's own use of the head is in "mtp"
-    return ["embedding" if use.kind == "embedding" or use.name == "embed_norm" else "head"]
+    if use.place == "ends":
+        return ("embedding" if use.name.startswith("embed") else "head",)
+    if use.place in ("block", *TURNS):
+        return "dense", "moe"
+    return ("moe" if use.place in ("scored", "hashed") else use.place,)  # MTP's own use of the head is in "mtp"
 
 
 class CacheFigures:
@@ -327,8 +330,8 @@ class WeightFigures:
         self.uses: list[TensorUse] = [use for use in uses if use.kind not in ("embedding", "head")]
 
     def held(self, *splits: str) -> int:
-        """Return the bytes of tensors that are split so, in all their blocks, without routed experts."""
-        found = [use for use in self.uses if use.split in splits and use.kind != EXPERTS]
+        """Return the bytes of tensors that are split so, in all their blocks, without routed experts and tables."""
+        found = [use for use in self.uses if use.split in splits and use.kind not in (EXPERTS, ENGRAM_TABLES)]
         return sum(use.times * use.bytes(self.dtype) for use in found)
 
     @counted("B")
@@ -362,6 +365,17 @@ class WeightFigures:
         return sum(use.times * use.bytes(self.dtype) for use in self.uses if use.name == "tid2eid")
 
     @counted("B")
+    def engram_bytes(self) -> int | None:
+        """Bytes of Engram's tables, in serving in the host's memory. Source: Engram (arXiv 2601.07372)."""
+        return sum(use.parameters * self.size for use in self.uses if use.kind == ENGRAM_TABLES) or None
+
+    @counted("B/token", main=True)
+    def engram_read(self) -> int | None:
+        """Bytes of Engram's tables that a token reads, all layers. Source: Engram (arXiv 2601.07372)."""
+        c = self.m.config
+        return len(c.engram_layer_ids or ()) * engram_width(c) * self.size or None
+
+    @counted("B")
     def expert_bytes(self) -> int:
         """Bytes of one routed expert. Source: shapes of the released checkpoints."""
         return sum(use.bytes(self.dtype) for use in self.uses if use.kind == EXPERTS)
@@ -375,7 +389,8 @@ class WeightFigures:
     def model_bytes(self) -> float:
         """Weights of the model without MTP. Source: shapes of the released checkpoints."""
         experts = self.m.moe_layers * self.m.config.n_routed_experts * self.expert_bytes
-        return self.divided_bytes + self.whole_bytes + experts + 2 * self.vocabulary_bytes
+        on_gpus = self.divided_bytes + self.whole_bytes + experts + 2 * self.vocabulary_bytes
+        return on_gpus + self.engram_bytes if self.engram_bytes else on_gpus
 
     @counted()
     def matrix_products(self) -> int:

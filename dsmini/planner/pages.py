@@ -88,12 +88,15 @@ def _model(plan: Plan) -> list[str]:
     said += f"A token's cache takes {human(f['kv_cache'], 'B')} in {r.cache_dtype or 'bfloat16'}"
     saved = f["cache_saving"]
     said += f", {100 * saved:.3g} % less than multi-head attention." if saved > 0 else "."
+    if "engram_read" in f:
+        said += f" In serving the host's memory holds Engram's tables, {f['engram_bytes']}, of which it reads "
+        said += f"{f['engram_read']}; that time is not planned."
     left = ", ".join(f"{name}={getattr(plan.model.config, name)}" for name in plan.model.defaults)
     return [said, f"sizes that its file leaves to dsmini's defaults: {left}."] if left else [said]
 
 
 def _training(plan: Plan) -> list[str]:
-    r, f, how, layout = plan.request, plan.figures, plan.sources, plan.training.layout
+    r, f, how, layout = plan.request, plan.figures, plan.inputs.sources, plan.training.layout
     gpus, workload = plural(layout.gpus, "GPU"), how["tokens"]
     if workload == WORKLOAD and not is_v3(plan.model.config):
         workload += "; choose --tokens, --batch and --seq-len"
@@ -103,7 +106,7 @@ def _training(plan: Plan) -> list[str]:
     ]
     one = layout.gpus == 1
     fullest = f"{'It' if one else 'The fullest GPU'} needs {f['memory_needed']} of {human(plan.hardware.memory, 'B')}."
-    if not plan.fits:
+    if not plan.training.fits:
         return [*lines, fullest]
     if plan.asked.precision is None and r.precision == "bf16" and "fp8" in plan.hardware.peaks:
         lines.append("BF16, since the config does not ask for FP8; --vary precision=bf16,fp8 shows what that takes.")
@@ -139,7 +142,7 @@ def _served(plan: Plan, found: Deployments) -> list[str]:
     limit = human(found.limit, "s")
     points = [(f"cheapest in {limit}" if name == IN_TIME else name, each) for name, each in found.points.items()]
     names = [(" and ".join(name for name, other in points if other is each), each) for _, each in points]
-    lines = [f"{name}: {_point(each, plan.priced)}" for name, each in names]
+    lines = [f"{name}: {_point(each, not plan.misfit)}" for name, each in names]
     lines = list(dict.fromkeys(lines))
     if IN_TIME not in found.points:
         lines.insert(0, f"no deployment {'gives a token' if phase == 'decode' else 'reads a prompt'} in {limit}.")
@@ -199,20 +202,20 @@ def plan_record(plan: Plan) -> Record:
     return {
         "config": plan.model.source,
         "hardware": plan.hardware.name,
-        "layout": plan.request.given(LAYOUT) | {"chosen": plan.sources["layout"]},
+        "layout": plan.request.given(LAYOUT) | {"chosen": plan.inputs.sources["layout"]},
         "work": plan.request.given(("batch", "seq_len", "tokens")),
         "serving": plan.request.given((*SERVING, "acceptance")) if found else {},
         "deployments": {
             phase: {
-                "points": {name: point_record(each, plan.priced) for name, each in of.points.items()},
-                "front": [point_record(each, plan.priced) for each in of.front],
+                "points": {name: point_record(each, not plan.misfit) for name, each in of.points.items()},
+                "front": [point_record(each, not plan.misfit) for each in of.front],
                 "bound": {"least_time": of.least_time, "gpu_tokens_per_second": of.most},
                 "left_out": dict(of.rejected),
             }
             for phase, of in found.items()
             if of.every
         },
-        "fits": plan.fits,
+        "fits": plan.training.fits,
         "misfit": plan.misfit,
         "unserved": plan.unserved,
         "binds": {stage: plan.longest(stage)[0] for stage in plan.waits},
@@ -247,7 +250,7 @@ def sections(plan: Plan) -> list[Section]:
             about=" ".join(lines),
             details={"": _details(plan, shown)} if shown else {},
             folded={plural(len(others), "other figure"): _details(plan, others)} if others else {},
-            tables=[front_table(front, plan.priced)] if front else [],
+            tables=[front_table(front, not plan.misfit)] if front else [],
             plots=[front_plot(front)] if front else [],
             warnings=[f"does not fit: {plan.misfit[name]}"] if name in plan.misfit else [],
         )
@@ -365,7 +368,7 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
     *_, fastest = found[0]
     layout = {name: getattr(fastest.layout, name) for name in LAYOUT}
     best = changed(plan, layout, plan.hardware, "the fastest of all that fit")
-    best.sources["layout"] = "the fastest of all that fit"
+    best.inputs.sources["layout"] = "the fastest of all that fit"
     by_parts = replace(plan.inputs, request=replace(plan.request, utilization=None))
     records: list[Record] = []
     rows: list[tuple[str, ...]] = []
@@ -458,7 +461,7 @@ def variation_record(variants: Sequence[Variant], names: Sequence[str]) -> Recor
     for each in variants:
         found: Record = {**each.values, "problem": each.problem or None}
         if each.plan is not None:
-            found |= {"fits": each.plan.fits, "misfit": each.plan.misfit}
+            found |= {"fits": each.plan.training.fits, "misfit": each.plan.misfit}
             found |= {name: f.plain for name in names if (f := each.plan.figures.get(name)) is not None}
         plans.append(found)
     return {"plans": plans}

@@ -88,11 +88,6 @@ class Plan:
         return self.inputs.request
 
     @property
-    def sources(self) -> dict[str, str]:
-        """Source of each field of the request, in words."""
-        return self.inputs.sources
-
-    @property
     def training(self) -> Training:
         """Figures of the layout."""
         return self.chosen.training
@@ -103,20 +98,10 @@ class Plan:
         return {phase: each.main for phase, each in self.found.items() if each.every}
 
     @property
-    def fits(self) -> bool:
-        """True if every GPU has the memory for training."""
-        return self.training.fits
-
-    @property
     def misfit(self) -> dict[str, str]:
         """Sentences about what does not fit, with what would: of training, decode and prefill."""
         training = {"training": self.chosen.misfit} if self.chosen.misfit else {}
         return training | {phase: each.misfit for phase, each in self.found.items() if each.misfit}
-
-    @property
-    def priced(self) -> bool:
-        """True where all fits: a price next to a misfit could be read as the price of what was asked."""
-        return not self.misfit
 
     @property
     def refused(self) -> str:
@@ -131,7 +116,7 @@ class Plan:
     @property
     def waits(self) -> dict[str, dict[str, float]]:
         """Seconds of the parts of a step by their words: of training, decode and prefill, as far as they fit."""
-        training = {"training": self.training.parts} if self.fits else {}
+        training = {"training": self.training.parts} if self.training.fits else {}
         return training | {phase: each.waits for phase, each in self.served.items()}
 
     def longest(self, stage: str) -> list[str]:
@@ -150,11 +135,11 @@ class Plan:
         Training that does not fit has those of its memory alone, and where anything does not fit nothing has a price.
         """
         found = self.every
-        if not self.fits:
+        if not self.training.fits:
             of = found["training"]
             names = [n for name in ("memory_needed", "memory_free") for n in needed(of, name)]
             found = {**found, "training": {name: of[name] for name in names}}
-        if self.priced:
+        if not self.misfit:  # next to one a price could be read as the price of what was asked
             return found
         return {name: {n: f for n, f in of.items() if f.unit[:1] != "$"} for name, of in found.items()}
 
@@ -188,7 +173,7 @@ def make_plan(
     if model.config.attention == "dsa" and model.run is not None and model.run.train.dsa_stage == "warmup":
         raise ValueError(f"{model.source} has train.dsa_stage='warmup', which has no plan; use dsa_stage='sparse'")
     given = request.given(tuple(field.name for field in fields(request)))
-    old = before.sources if before is not None else {}
+    old = before.inputs.sources if before is not None else {}
     same = {name for name in given if before is not None and given[name] == getattr(before.request, name)}
     sources = {**dict.fromkeys(given, source), **{n: s for n, s in old.items() if n in same or n not in given}}
     if request.price is not None:
@@ -256,7 +241,7 @@ def changed(before: Plan, changes: Mapping[str, Any], hardware: Hardware, source
     model, old = before.model, before
     if of_model:
         model = replace(model, config=replace(model.config, **of_model))
-        sources = {**before.sources, "model": f"{source} and {model.source}"}
+        sources = {**before.inputs.sources, "model": f"{source} and {model.source}"}
         old = replace(before, inputs=replace(before.inputs, sources=sources))
     again = {name: getattr(before.asked, name) for name in SERVING}  # searched again where they are open
     request = replace(before.request, **{**again, **of_request})

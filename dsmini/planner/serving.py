@@ -35,9 +35,9 @@ from dataclasses import dataclass
 from math import floor
 from typing import Literal
 
-from dsmini.accounting.flops import context_products, twice_the_keys
+from dsmini.accounting.flops import decode_flops_per_token, step_flops
 from dsmini.accounting.memory import fixed_layer_bytes, rows_read
-from dsmini.accounting.tensors import SCORES, WeightDtype, blocks, divisors, main_tensors, mtp_tensors
+from dsmini.accounting.tensors import OVER, SCORES, WeightDtype, blocks, divisors, main_tensors, mtp_tensors
 from dsmini.config import ModelConfig
 from dsmini.config.fields import require
 from dsmini.planner.exchange import Exchange
@@ -168,15 +168,12 @@ class Service:
         return Exchange(self.c, gpus, in_node, narrow, one_hop, stage, sharing=tensor), least
 
     def _products(self, phase: Phase) -> tuple[float, float]:
-        found = {True: 0.0, False: 0.0}
-        for use in main_tensors(self.c):
-            tokens = int(self.tokens[phase])
-            if phase == "decode":
-                pairs = context_products(self.c, use, tokens, absorbed=True) if use.per_pair else 0
-            else:  # half of the square
-                pairs = float(twice_the_keys(use.most_keys, tokens, ratio=use.ratio)) / 2 * use.per_pair
-            found[use.kind == SCORES] += use.times * pairs
-        return found[False], found[True]
+        n = int(self.tokens[phase])
+        if phase == "decode":
+            of, tokens = decode_flops_per_token(self.c, context=n).by_module, 1
+        else:
+            of, tokens = step_flops(self.c, batch_size=1, seq_len=n, training=False).by_module, n
+        return of.get(OVER, 0) / 2 / tokens, of.get(SCORES, 0) / 2 / tokens
 
 
 class ServingMemory:
@@ -328,12 +325,12 @@ class Served:
 
     @counted()
     def attention_products(self) -> float:
-        """Multiply-adds of a token's attention to its context. Source: accounting's context_products."""
+        """Multiply-adds of a token's attention to its context. Source: accounting's FLOPs of a step."""
         return self.s.products[self.d.phase][0]
 
     @counted()
     def index_products(self) -> float:
-        """Multiply-adds of a token's indexers with its context. Source: accounting's context_products."""
+        """Multiply-adds of a token's indexers with its context. Source: accounting's FLOPs of a step."""
         return self.s.products[self.d.phase][1]
 
     @figure("s")

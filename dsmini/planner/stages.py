@@ -11,14 +11,14 @@ In flight, with PP stages: 1F1B PP less the stages before, ZB1P PP, DualPipe PP 
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from dsmini.accounting.tensors import blocks
 from dsmini.config import ModelConfig
 from dsmini.planner.figure import kept
-from dsmini.planner.model import PARTS_OF_A_MODEL, Contents, ModelFigures, Operations, Part
+from dsmini.planner.model import PARTS_OF_A_MODEL, Contents, ModelFigures
 
 
 class Stage(NamedTuple):
@@ -63,11 +63,6 @@ class GpuStages:
             sum(n * matrices[part] for part, n in self.held.items()),
             sum(n * others[part] for part, n in self.held.items()) + vocabulary,
         )
-
-    def operations(self, of: Mapping[Part, Operations], phase: str) -> tuple[float, ...]:
-        """Return the operations of a token in a phase: FP8, those of routed experts, and plain."""
-        rates = ("fp8", "routed", "plain")
-        return tuple(sum(n * of[part][phase, rate] for part, n in self.worked.items()) for rate in rates)
 
 
 class Pipeline(NamedTuple):

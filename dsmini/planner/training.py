@@ -30,7 +30,7 @@ from dsmini.planner.exchange import Exchange
 from dsmini.planner.figure import counted, figure
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.layout import Layout, gpus_in_node
-from dsmini.planner.model import ModelFigures
+from dsmini.planner.model import RATES, ModelFigures
 from dsmini.planner.request import DTYPES, Inputs
 from dsmini.planner.stages import GpuStages, Pipeline, fastest_pipeline
 
@@ -136,8 +136,8 @@ class Training:
 
     def slowest_stage(self, phase: str) -> tuple[float, ...]:
         """Return the operations of a token in the slowest stage: FP8, those of routed experts, and plain."""
-        of = self.m.operations(self.layout.recompute)
-        return self.pipeline.slowest.operations(of, phase)
+        of, worked = self.m.operations(self.layout.recompute), self.pipeline.slowest.worked
+        return tuple(sum(n * of[part][phase, rate] for part, n in worked.items()) for rate in RATES)
 
     # --- memory
 

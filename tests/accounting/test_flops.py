@@ -154,14 +154,15 @@ def test_flops_of_a_step_are_a_lower_bound(precision: Any) -> None:
         assert least < counted(config, 2, 140, "bfloat16", 70, **how) < 1.5 * least
 
 
-def test_end_of_the_residual_streams_is_not_made_again() -> None:
-    """It is after the last block; that of a depth of multi-token prediction is inside of its block."""
+def test_blocks_of_several_residual_streams_are_made_again_to_their_end() -> None:
+    """The streams read the last product. Their own end is after the last block, in a depth of MTP inside of it."""
     config = sized(hc_mult=4, n_mtp_layers=1)
     once, again = (step_flops(config, batch_size=2, seq_len=30, recompute=r).by_module for r in (False, True))
     name, row = "hyper-connections", 4 * config.dim
     connections = 2 * (2 + 4) * 4 * row
     assert again[name] - once[name] == 2 * 30 * 2 * config.n_layers * connections
     assert again[f"mtp {name}"] - once[f"mtp {name}"] == 2 * 29 * 2 * (connections + 4 * row)
+    assert all(again[name] == 4 / 3 * once[name] for name in ("dense feed-forward", "shared experts", "attention"))
 
 
 # --- indexers

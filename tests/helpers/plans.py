@@ -89,7 +89,7 @@ def trained_in(plan: Plan, **layout: Any) -> Training:
 
 def run_of(plan: Plan, gpus: int, **choices: Any) -> Run:
     """Return the run of a plan on other GPUs in its layout, also where they do not divide, with other choices."""
-    inputs = Inputs(request=dataclasses.replace(plan.request, **choices), sources=plan.sources)
+    inputs = Inputs(request=dataclasses.replace(plan.request, **choices), sources=plan.inputs.sources)
     layout = dataclasses.replace(plan.training.layout, gpus=gpus)
     return Run(Training(plan.m, plan.hardware, inputs, layout), inputs)
 

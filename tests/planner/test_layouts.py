@@ -25,7 +25,7 @@ CHOSEN = tomllib.loads(Path(__file__).with_name("chosen.toml").read_text())
 def chosen(words: str) -> dict[str, Any]:
     plan = plan_of(words)
     found: dict[str, Any] = plan.request.given()
-    found |= {"how": plan.sources["layout"], "fits": plan.fits, "weights": plan.request.weight_dtype}
+    found |= {"how": plan.inputs.sources["layout"], "fits": plan.training.fits, "weights": plan.request.weight_dtype}
     return found
 
 
@@ -51,7 +51,7 @@ def test_own_inference_json_of_v3_is_planned_in_fp8(tmp_path: Path) -> None:
     plan = make_plan(PlanRequest(), model, load_hardware("h800"))
     assert (model.fp8, model.config.n_mtp_layers) == (True, 0)
     assert (plan.request.precision, plan.request.weight_dtype) == ("fp8", "fp8")
-    assert plan.sources["layout"] == "as DeepSeek-V3 was trained", "by its sizes, whatever its file"
+    assert plan.inputs.sources["layout"] == "as DeepSeek-V3 was trained", "by its sizes, whatever its file"
 
 
 # --- advice

@@ -75,7 +75,7 @@ PLANNED += [
 def test_models_are_planned_on_every_machine(name: str, hardware: str) -> None:
     plan = plan_of(f"{name} @{hardware}")
     found = " ".join(ten_lines(plan))
-    assert "None" not in found and plan.fits == ("a failure every" in found) != ("does not fit: no " in found)
+    assert "None" not in found and plan.training.fits == ("a failure every" in found) != ("does not fit: no " in found)
 
 
 def test_every_figure_is_on_the_page_with_its_formula_and_each_link_leads_to_one(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_variation_moves_a_figure_as_it_must(axis: str, figure: str, wanted: str
         assert values == sorted(set(values), reverse=wanted == "falls")
     else:
         assert values == pytest.approx([f * values_of("deepseek-v3")[figure] for f in eval(wanted)], rel=1e-4)
-    assert {each.plan.sources["layout"] for each in found if each.plan} == {made.sources["layout"]}
+    assert {each.plan.inputs.sources["layout"] for each in found if each.plan} == {made.inputs.sources["layout"]}
 
 
 def test_variation_tells_where_serving_has_no_plan() -> None:

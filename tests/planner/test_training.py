@@ -299,7 +299,7 @@ def test_parts_of_a_sequence_plan_the_extension_of_v4_to_a_million_tokens() -> N
     """72 sequences on 1,152 GPUs of 141 GB: no GPU has a whole one."""
     plan = plan_of("deepseek-v4-flash @h200 seq_len=1048576 batch=72 gpus=1152")
     r, found = plan.training.layout, every_of(plan)
-    assert plan.fits and r.context_parallel > 1 and r.gpus == 1152
+    assert plan.training.fits and r.context_parallel > 1 and r.gpus == 1152
     assert r.pipeline * r.data * r.tensor * r.context_parallel == 1152 and 72 % r.data == 0
     assert found["micro_batch_tokens"] == 1048576 / r.tensor / r.context_parallel
     gathered = 1048576 * (1 - 1 / r.context_parallel) * found["key_bytes"]
