@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from dsmini.planner.deployments import CHEAPEST, FASTEST, IN_TIME, OWN, Deployments, search
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.serving import PARTS, PHASES, Deployment, Served, Service, ServingMemory, serve
+from tests.helpers.commands import ROOT
 from tests.helpers.configs import refusal
 from tests.helpers.plans import plan_of, values_of
 
@@ -247,6 +249,26 @@ def test_flash_is_cheaper_than_v3_whatever_the_deployment() -> None:
     for gpus in (16, 64):
         a, b = (found_of(f"{name} @h200 decode_gpus={gpus}") for name in ("deepseek-v3", "deepseek-v4-flash"))
         assert b.main.gpu_tokens_per_second > 2 * a.main.gpu_tokens_per_second
+
+
+@pytest.mark.slow
+def test_table_of_the_tutorial_is_that_of_the_search() -> None:
+    """Its five models on three numbers of GPUs, and the figures that explain who changes places."""
+    text = (ROOT / "docs" / "tutorials" / "choose_hardware.md").read_text()
+    rows = re.findall(r"^\| (\S+) \| ([\d,]+) \| ([\d,]+) \| ([\d,]+) \((\d+) GPUs\) \|$", text, re.MULTILINE)
+    assert len(rows) == 5
+    mains: dict[tuple[str, str], Served] = {}
+    for model, *printed, own in rows:
+        asked = ("32", " decode_gpus=32"), ("64", " decode_gpus=64"), (own, "")
+        for (gpus, how), tokens in zip(asked, printed, strict=True):
+            main = mains[model, gpus] = found_of(f"{model} @h200{how}").main
+            assert (f"{main.gpu_tokens_per_second:,.0f}", str(main.d.gpus)) == (tokens, gpus), model
+    few, many = (mains["kimi-k2", gpus] for gpus in ("32", "64"))
+    assert (few.memory.gpu_experts, many.memory.gpu_experts) == (12, 6)
+    sent = [mains[of].exchange.slow_row_bytes for of in (("deepseek-v3.2", "32"), ("deepseek-v3.2", "64"))]
+    sent.append(mains["deepseek-v4-pro", "64"].exchange.slow_row_bytes)
+    figures = *(f"{1000 * each.experts_time:.1f} ms" for each in (few, many)), *(f"{n / 1000:.0f} kB" for n in sent)
+    assert [said for said in figures if said not in text] == []
 
 
 def test_other_hardware_is_searched_again() -> None:
