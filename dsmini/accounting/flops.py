@@ -208,13 +208,8 @@ def is_repeated(c: ModelConfig, use: TensorUse, stage: DsaStage) -> bool:
     if stage == "warmup" and c.attention == "dsa":
         read = (INDEXER, SCORES, "attention", "projection")
         return use.kind in read and use.name not in ("wo", "head")
-    last = (
-        use.name == "w2"
-        and c.precision == "native"
-        and c.hc_mult == 1
-        and not use.mtp
-        and use.kind in ("dense feed-forward", "shared experts")
-    )
+    ends_alone = c.precision == "native" and c.hc_mult == 1 and not use.mtp
+    last = ends_alone and use.name == "w2" and use.kind != "routed experts"
     return use.place != "ends" and use.name != "head" and not last
 
 

@@ -96,13 +96,9 @@ class ModelFigures:
         }
         self.sizes: dict[str, Figure] = sizes_of(c, source)
         of = parameters(c)
-        every = [_module(name, "parameters", n) for name, n in of.by_module.items()]
-        self.main_modules: list[Figure] = [module for module in every if not module.name.startswith("mtp_")]
-        self.mtp_modules: list[Figure] = [module for module in every if module.name.startswith("mtp_")]
-        active = of.active_by_module.items()
-        self.active_modules: list[Figure] = [
-            _module(name, "active", n) for name, n in active if not name.startswith(MTP)
-        ]
+        self.main_modules: list[Figure] = _modules(of.by_module, "parameters")
+        self.mtp_modules: list[Figure] = _modules(of.by_module, "parameters", mtp=True)
+        self.active_modules: list[Figure] = _modules(of.active_by_module, "active")
         self.training: Mapping[str, int] = flops_per_token(c, int(seq_len), training=True, mtp=False).by_module
 
     @counted()
@@ -162,9 +158,9 @@ class ModelFigures:
         of_blocks = (use for use in self.uses if use.kind == INDEXER and use.place != "mtp")
         return self.config.n_layers * sum(2 * use.per_token for use in of_blocks)
 
-    def numbers(self, kind: str, place: str = "") -> int:
+    def numbers(self, kind: str) -> int:
         """Return the numbers of one block's tensors of a kind, one of each stack."""
-        return sum(use.numbers for use in self.uses if use.kind == kind and place in ("", use.place))
+        return sum(use.numbers for use in self.uses if use.kind == kind)
 
     @kept
     def local(self, tensor: int) -> tuple[Contents, Contents]:
@@ -227,10 +223,11 @@ class ModelFigures:
         return found, again
 
 
-def _module(kind: str, what: str, number: int) -> Figure:
-    """Return the parameters of a kind of module in all layers as an input."""
-    name = f"{kind.replace(' ', '_').replace('-', '_')}_{what}"
-    return Figure(name, number, "", f"{what.capitalize()}: {kind}", COUNTED)
+def _modules(counts: Mapping[str, int], what: str, mtp: bool = False) -> list[Figure]:
+    """Return the parameters of kinds of modules in all layers as inputs, of the main model or of MTP."""
+    of = {kind: n for kind, n in counts.items() if kind.startswith(MTP) == mtp}
+    names = {kind: f"{kind.replace(' ', '_').replace('-', '_')}_{what}" for kind in of}
+    return [Figure(names[kind], n, "", f"{what.capitalize()}: {kind}", COUNTED) for kind, n in of.items()]
 
 
 def _parts(use: TensorUse) -> tuple[str, ...]:

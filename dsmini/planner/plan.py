@@ -106,10 +106,8 @@ class Plan:
     @property
     def refused(self) -> str:
         """Sentence about a plan in which nothing fits; "" if training or serving does."""
-        if not self.chosen.misfit:
-            return ""
         serving = self.unserved or next((each.misfit for each in self.found.values() if each.misfit), "")
-        if not serving:
+        if not (self.chosen.misfit and serving):
             return ""
         return f"neither training nor serving fits: {self.chosen.misfit}. Serving: {serving}"
 
