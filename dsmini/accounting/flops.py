@@ -202,7 +202,7 @@ def is_repeated(c: ModelConfig, use: TensorUse, stage: DsaStage) -> bool:
 
     Backward needs no result of the last one. Two it needs: the routed experts', whose weights learn from them, and in
     FP8 SwiGLU's with the product after it, one function. MTP's blocks end with a norm, and begin with its projection.
-    Several residual streams read the last result. The ends of the main model are no part of a block. In the warm-up the
+    Several residual streams read the last result. The ends of the main model are outside of blocks. In the warm-up the
     last result that it needs is the indexer's.
     """
     if stage == "warmup" and c.attention == "dsa":

@@ -73,7 +73,7 @@ class Exchange:
     gpus: int
     """GPUs that share the experts."""
     in_node: int
-    """Those of them that are in a node."""
+    """GPUs of them in one node."""
     dtype: str
     """Dtype of rows on their way to the experts, in FP8 codes with a scale for each tile."""
     one_hop: int = 0

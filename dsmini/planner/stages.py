@@ -104,7 +104,7 @@ def places(c: ModelConfig, pipeline: int, schedule: str, last_layers: int) -> li
 
 @kept
 def fastest_pipeline(m: ModelFigures, pipeline: int, schedule: str, seconds: tuple[float, ...]) -> Pipeline:
-    """Return the pipeline with as many layers in the last stage as make the slowest GPU fastest.
+    """Return the pipeline with the number of layers in the last stage that makes the slowest GPU fastest.
 
     Args:
         seconds: of a token in each part of a model.

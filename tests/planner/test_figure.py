@@ -68,7 +68,7 @@ def test_explaining_the_cache_enters_six_files() -> None:
 
 
 def test_plan_dies_with_its_owner() -> None:
-    """What it computed once is its own: no cache of a module holds a plan, its model, a service or a pipeline."""
+    """Its results are its own: no cache of a module holds a plan, its model, a service or a pipeline."""
     plan = make_plan(PlanRequest(gpus=4), Model.from_file(find_config(Path("toy"))), load_hardware("h800"))
     assert planned(plan, "a test").record["deployments"]["decode"]["front"]
     parts = plan, plan.m, plan.service, plan.training, plan.training.pipeline.slowest, plan.found["decode"].main
