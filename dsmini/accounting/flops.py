@@ -38,8 +38,8 @@ from dsmini.accounting.tensors import (
     DsaStage,
     TensorUse,
     check_context,
-    check_depths,
     check_sizes,
+    check_training,
     collect,
     full_layers,
     key_width,
@@ -159,7 +159,7 @@ def step_flops(
     """
     check_sizes(batch_size=batch_size, seq_len=seq_len)
     if training:
-        check_depths(config, seq_len)
+        check_training(config, batch_size, seq_len)
         require(not last_logits, "last_logits=True in training, whose losses want all logits; use training=False")
     stage = dsa_stage if training else None
 

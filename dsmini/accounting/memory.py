@@ -72,9 +72,9 @@ from dsmini.accounting.tensors import (
     WeightDtype,
     blocks,
     ceiling,
-    check_depths,
     check_dtype,
     check_sizes,
+    check_training,
     engram_width,
     full_layers,
     key_width,
@@ -381,9 +381,7 @@ def activation_bytes(
 
     Raises: ValueError for sizes below 1, and sequences too short for the depths of multi-token prediction.
     """
-    check_dtype(dtype, ("float32", "bfloat16"))
-    check_sizes(batch_size=batch_size, seq_len=seq_len)
-    check_depths(config, seq_len)
+    check_training(config, batch_size, seq_len, dtype)
     saved = Saved(
         c=config,
         size=SIZES[dtype],

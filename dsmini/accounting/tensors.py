@@ -438,8 +438,10 @@ def check_context(c: ModelConfig, context: int) -> None:
     require(fits, f"context={context} is not from 1 to max_seq_len={c.max_seq_len}; use such a number")
 
 
-def check_depths(c: ModelConfig, seq_len: int) -> None:
-    """Refuse training sequences that leave a depth of multi-token prediction without a position."""
+def check_training(c: ModelConfig, batch_size: int, seq_len: int, dtype: str = "bfloat16") -> None:
+    """Refuse a step's sizes and dtype, and sequences that leave a depth of MTP without a position."""
+    check_dtype(dtype, ("float32", "bfloat16"))
+    check_sizes(batch_size=batch_size, seq_len=seq_len)
     longer = seq_len > c.n_mtp_layers
     require(longer, f"seq_len={seq_len} is too short for n_mtp_layers={c.n_mtp_layers}; use more tokens")
 

@@ -41,9 +41,9 @@ from dsmini.accounting.tensors import (
     TensorUse,
     WeightDtype,
     check_context,
-    check_depths,
     check_dtype,
     check_sizes,
+    check_training,
     collect,
     engram_width,
     key_heads,
@@ -189,9 +189,7 @@ def training_bytes_per_token(
 
     Raises: ValueError for sizes that activation_bytes refuses, and more or fewer experts than can be.
     """
-    check_dtype(dtype, ("float32", "bfloat16"))
-    check_sizes(seq_len=seq_len, batch_size=batch_size)
-    check_depths(config, seq_len)
+    check_training(config, batch_size, seq_len, dtype)
     size, fp8, n = SIZES[dtype], config.precision == "fp8", batch_size * seq_len
     distinct = distinct_experts(config, n, experts)
 

@@ -44,11 +44,11 @@ from dsmini.planner import request
 from dsmini.planner.figure import COUNTED, Figure, counted, figure, figures_of, kept
 
 EXPERTS = "routed experts"
-Part = Literal["embedding", "dense", "moe", "head", "mtp"]
-PARTS_OF_A_MODEL: tuple[Part, ...] = ("embedding", "dense", "moe", "head", "mtp")
+ModelPart = Literal["embedding", "dense", "moe", "head", "mtp"]
+PARTS_OF_A_MODEL: tuple[ModelPart, ...] = ("embedding", "dense", "moe", "head", "mtp")
 TURNS = ("indexed", "compressed", "engram")
 """Places of tensors that some blocks of the main model have, and others of the same kind have not."""
-Contents = Mapping[Part, float]
+Contents = Mapping[ModelPart, float]
 """Number of each part: blocks that are dense and with experts, embeddings, heads, and ends of an MTP depth."""
 RATES = ("fp8", "routed", "plain")
 OPERATIONS = tuple(itertools.product(("forward", "backward", "weights"), RATES))
@@ -91,7 +91,7 @@ class ModelFigures:
         self.config: ModelConfig = c
         self.seq_len: Figure = seq_len
         self.uses: list[TensorUse] = one_of_each(c)
-        self.parts: Mapping[Part, list[TensorUse]] = {
+        self.parts: Mapping[ModelPart, list[TensorUse]] = {
             part: [use for use in self.uses if part in _parts(use)] for part in PARTS_OF_A_MODEL
         }
         self.sizes: dict[str, Figure] = sizes_of(c, source)
@@ -178,10 +178,10 @@ class ModelFigures:
         return matrices, others
 
     @kept
-    def operations(self, recompute: Recompute) -> Mapping[Part, Operations]:
+    def operations(self, recompute: Recompute) -> Mapping[ModelPart, Operations]:
         """Return the operations of a token in each part: of forward, of backward with what is made again, and of the
         gradients of weights, which are a part of backward."""
-        found: dict[Part, Operations] = {part: dict.fromkeys(OPERATIONS, 0.0) for part in self.parts}
+        found: dict[ModelPart, Operations] = {part: dict.fromkeys(OPERATIONS, 0.0) for part in self.parts}
         for part, uses in self.parts.items():
             of = found[part]
             for use in uses:
@@ -205,7 +205,7 @@ class ModelFigures:
         )
 
     @kept
-    def saved(self, size: int, fp8: bool, recompute: Recompute) -> tuple[Mapping[Part, float], float]:
+    def saved(self, size: int, fp8: bool, recompute: Recompute) -> tuple[Mapping[ModelPart, float], float]:
         """Return the bytes of a token that are saved for backward, by part and of the block that is made again.
 
         Args:
@@ -213,9 +213,9 @@ class ModelFigures:
         """
         saved = Saved(c=self.config, size=size, fp8=fp8, recompute=recompute)
         again = saved.largest_block() if recompute == "full" else 0
-        found: dict[Part, float] = {part: saved.total(part) for part in PARTS_OF_A_MODEL}
+        found: dict[ModelPart, float] = {part: saved.total(part) for part in PARTS_OF_A_MODEL}
         share = full_layers(self.config) / self.config.n_layers
-        shares: dict[Part, float] = {"dense": share, "moe": share, "mtp": 1 - share}  # as in one_of_each
+        shares: dict[ModelPart, float] = {"dense": share, "moe": share, "mtp": 1 - share}  # as in one_of_each
         for part, number in shares.items():
             found[part] += number * saved.total("indexed")
         if hashed := self.config.n_hash_layers:  # a MoE layer has the mean of those with and without a table
