@@ -21,9 +21,9 @@ before it is added to that of an FP32 parameter. `Accumulator` emulates the narr
 An infinity or NaN makes NaN of its whole tile, and of the results that the tile takes part in.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +135,10 @@ class Recipe(NamedTuple):
     """Emulated accumulator of all three products; None: FP32."""
     backend: str | None
     """Backend of the forward, which backward uses too."""
+    swiglu: bool = False
+    """Rows are the SwiGLU of two tensors that are saved."""
+    limit: float | None = None
+    """Limit of that SwiGLU."""
 
     @property
     def operands(self) -> torch.dtype:
@@ -146,6 +150,11 @@ class Recipe(NamedTuple):
     def weight(self, codes: Tensor, scales: Float[Tensor, "*e ot kt"]) -> Float[Tensor, "*e o k"]:
         """Return the values of a weight's codes."""
         return dequantize_tiles(codes, scales, self.weight_tile, self.weight_format, self.operands, self.k)
+
+    def saved(self, codes: Tensor, scales: Float[Tensor, "*batch kt"]) -> Float[Tensor, "rows k"]:
+        """Return the values of what backward reads: x, or gate or up."""
+        dtype = self.out_dtype if self.swiglu else self.operands
+        return dequantize_tiles(_rows(codes), _rows(scales), ACTIVATION_TILE, self.saved_format, dtype, self.k)
 
 
 def fp8_fprop(
@@ -221,21 +230,11 @@ def fp8_matmul(
     trained, weight = _weight_operand(w, scale)
     wants_dw = trained is not None and trained.requires_grad and torch.is_grad_enabled()
     q, saved = _operand(x, scale, saved_format if wants_dw else "e4m3")
-    recipe = Recipe(
-        q.scale,
-        weight.shape[-1],
-        weight.tile,
-        weight.scale,
-        weight.format,
-        grad_format,
-        saved.format,
-        out_dtype or x.dtype,
-        accumulator,
-        ops.chosen(),
-    )
-    kept = (None, None) if saved is q else saved.parts  # torch.compile wants no tensor twice
-    y = _Matmul.apply(q.source, trained, *q.parts, *kept, *weight.parts, ends, recipe)
-    return cast(Tensor, y)
+    of_weight = (weight.shape[-1], weight.tile, weight.scale, weight.format)
+    recipe = Recipe(q.scale, *of_weight, grad_format, saved.format, out_dtype or x.dtype, accumulator, ops.chosen())
+    rows = dequantize_tiles(_rows(q.codes), _rows(q.scales), ACTIVATION_TILE, "e4m3", recipe.operands).view(q.shape)
+    kept = saved.parts if wants_dw else ()
+    return _multiply(recipe, rows, weight, ends, kept, trained, q.source, None, None)
 
 
 def fp8_swiglu_matmul(
@@ -265,8 +264,15 @@ def fp8_swiglu_matmul(
         raise ValueError(f"gate is {gate_is}, up {up_is}; want equal shapes on one device")
     trained, weight = _weight_operand(w, scale)
     of_weight = (weight.shape[-1], weight.tile, weight.scale, weight.format)
-    recipe = Recipe(scale, *of_weight, grad_format, "e4m3", up.dtype, None, ops.chosen())
-    return cast(Tensor, _SwiGLUMatmul.apply(gate, up, weights, trained, *weight.parts, ends, recipe, limit))
+    recipe = Recipe(scale, *of_weight, grad_format, "e4m3", up.dtype, None, ops.chosen(), swiglu=True, limit=limit)
+    tiles = (ACTIVATION_TILE, scale, "e4m3", AMAX_MIN)
+    with torch.no_grad():
+        hidden = swiglu(gate, up, limit, weights)
+        rows = round_tiles(_rows(hidden), *tiles, recipe.operands).view(gate.shape)
+    inputs, kept = (trained, gate, up, weights), []
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):
+        kept = [part for t in (gate, up) for part in quantize_tiles(_rows(t.detach()), *tiles)]
+    return _multiply(recipe, rows, weight, ends, kept, *inputs)
 
 
 def _operand(
@@ -284,110 +290,39 @@ def _weight_operand(w: Tensor | QuantizedTensor, scale: Scale) -> tuple[Tensor |
     return (None, w) if isinstance(w, QuantizedTensor) else (w, quantize(w.detach(), WEIGHT_TILE, scale))
 
 
-class _Matmul(torch.autograd.Function):
-    """The product of codes x [*batch, k], which `saved` replaces for backward, and of the codes of W."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        source: Tensor | None,
-        w: Tensor | None,
-        codes: Tensor,
-        scales: Tensor,
-        saved_codes: Tensor | None,
-        saved_scales: Tensor | None,
-        w_codes: Tensor,
-        w_scales: Tensor,
-        ends: Tensor | None,
-        recipe: Recipe,
-    ) -> Tensor:
-        saved = (codes, scales) if saved_codes is None else (saved_codes, saved_scales)
-        ctx.save_for_backward(*saved, w_codes, w_scales, ends)
-        ctx.recipe, ctx.dtypes = recipe, (None if source is None else source.dtype, None if w is None else w.dtype)
-        x = dequantize_tiles(_rows(codes), _rows(scales), ACTIVATION_TILE, "e4m3", recipe.operands)
-        y = fp8_fprop(x, recipe.weight(w_codes, w_scales), ends, recipe)
-        return y.view(*codes.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        codes, scales, *weight = ctx.saved_tensors
-        recipe: Recipe = ctx.recipe
-
-        def saved() -> Tensor:
-            tiles = (_rows(codes), _rows(scales), ACTIVATION_TILE, recipe.saved_format)
-            return dequantize_tiles(*tiles, recipe.operands, recipe.k)
-
-        with ops.use(recipe.backend):
-            dx, dw = _gradients(ctx, grad, ctx.needs_input_grad[:2], saved, *weight)
-        return None if dx is None else dx.view(*grad.shape[:-1], recipe.k).to(ctx.dtypes[0]), dw, *[None] * 8
-
-
-class _SwiGLUMatmul(torch.autograd.Function):
-    """The product of swiglu(gate, up), both [*batch, k], and of the codes of W."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        gate: Tensor,
-        up: Tensor,
-        weights: Tensor | None,
-        w: Tensor | None,
-        w_codes: Tensor,
-        w_scales: Tensor,
-        ends: Tensor | None,
-        recipe: Recipe,
-        limit: float | None,
-    ) -> Tensor:
-        if any(ctx.needs_input_grad):
-            kept = [quantize_tiles(_rows(t), ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN) for t in (gate, up)]
-            ctx.save_for_backward(*kept[0], *kept[1], weights, w_codes, w_scales, ends)
-        ctx.recipe, ctx.limit, ctx.dtypes = recipe, limit, (gate.dtype, None if w is None else w.dtype)
-        hidden = swiglu(_rows(gate), _rows(up), limit, None if weights is None else _rows(weights))
-        x = round_tiles(hidden, ACTIVATION_TILE, recipe.scale, "e4m3", AMAX_MIN, recipe.operands)
-        y = fp8_fprop(x, recipe.weight(w_codes, w_scales), ends, recipe)
-        return y.view(*gate.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        *kept, weights, w_codes, w_scales, ends = ctx.saved_tensors
-        recipe, wanted = ctx.recipe, (any(ctx.needs_input_grad[:3]), ctx.needs_input_grad[3])
-        weights = None if weights is None else _rows(weights)
-        with ops.use(recipe.backend):
-            gate, up = (
-                dequantize_tiles(kept[i], kept[i + 1], ACTIVATION_TILE, "e4m3", recipe.out_dtype, recipe.k)
-                for i in (0, 2)
-            )
-            hidden = lambda: swiglu(gate, up, ctx.limit, weights)  # noqa: E731
-            dh, dw = _gradients(ctx, grad, wanted, hidden, w_codes, w_scales, ends)
-            d_weights = None
-            if dh is not None and weights is not None:
-                d_weights = (dh * swiglu(gate, up, ctx.limit)).sum(-1, dtype=weights.dtype).view(*grad.shape[:-1], 1)
-                dh = (dh * weights).to(dh.dtype)
-            grads = [None, None] if dh is None else swiglu_gradients(dh, gate, up, ctx.limit)
-        shape = (*grad.shape[:-1], recipe.k)
-        of_inputs = (None if g is None else g.view(shape).to(ctx.dtypes[0]) for g in grads)
-        return *of_inputs, d_weights, dw, *[None] * 5
-
-
-def _gradients(
-    ctx: Any,
-    grad: Tensor,
-    wanted: Sequence[bool],
-    x: Callable[[], Tensor],
-    w_codes: Tensor,
-    w_scales: Tensor,
-    ends: Tensor | None,
-) -> tuple[Float[Tensor, "rows k"] | None, Float[Tensor, "*e o k"] | None]:
-    """Return the gradients of the rows that W multiplies, and of W, where they are wanted.
+def _multiply(
+    recipe: Recipe, rows: Tensor, weight: QuantizedTensor, ends: Tensor | None, kept: Sequence[Tensor], *inputs: Any
+) -> Tensor:
+    """Return the product of rows [*batch, k] and of the weight, with gradients of what both are made of.
 
     Args:
-        x: makes the rows, for W's gradient alone.
+        kept: codes and scales that backward makes the rows of again: of the source, and of up if there is one.
+        inputs: W, source, up and weights, or None. Rows are the values of the source; with an up they are those of
+            swiglu(source, up, limit, weights).
     """
-    dy, recipe = _rows(grad), ctx.recipe
-    dx = fp8_dgrad(dy, recipe.weight(w_codes, w_scales), ends, recipe) if wanted[0] else None
-    return dx, fp8_wgrad(dy, x(), ends, recipe).to(ctx.dtypes[1]) if wanted[1] else None
+    wants_dw, *wanted = (x is not None and x.requires_grad for x in inputs)
+    dtypes = [None if x is None else x.dtype for x in inputs]
+
+    def forward(*inputs: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        y = fp8_fprop(_rows(rows), recipe.weight(*weight.parts), ends, recipe)
+        return y.view(*rows.shape[:-1], y.shape[-1]), (*kept, *weight.parts, ends, inputs[-1])
+
+    def gradients(grad: Tensor, *saved: Any) -> list[Tensor | None]:
+        *kept, w_codes, w_scales, ends, weights = saved
+        dy, lead = _rows(grad), grad.shape[:-1]
+        dx = fp8_dgrad(dy, recipe.weight(w_codes, w_scales), ends, recipe) if any(wanted) else None
+        made_of = [recipe.saved(*pair) for pair in zip(kept[::2], kept[1::2], strict=True)]
+        if recipe.swiglu:
+            gate, up, share = *made_of, None if weights is None else _rows(weights)
+            dw = fp8_wgrad(dy, swiglu(gate, up, recipe.limit, share), ends, recipe) if wants_dw else None
+            of_inputs = (None,) * 3 if dx is None else swiglu_gradients(dx, gate, up, recipe.limit, share)
+        else:
+            dw = fp8_wgrad(dy, made_of[0], ends, recipe) if wants_dw else None
+            of_inputs = dx, None, None
+        found = [dw, *(None if g is None else g.view(*lead, g.shape[-1]) for g in of_inputs)]
+        return [None if g is None else g.to(dtype) for g, dtype in zip(found, dtypes, strict=True)]
+
+    return ops.trained(forward, gradients, *inputs)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -38,10 +38,15 @@ def swiglu_gradients(
     gate: Float[Tensor, "*any f"],
     up: Float[Tensor, "*any f"],
     limit: float | None = None,
-) -> tuple[Float[Tensor, "*any f"], Float[Tensor, "*any f"]]:
-    """Return the gradients of gate and up, given that of the result."""
+    weights: Float[Tensor, "*any 1"] | None = None,
+) -> tuple[Float[Tensor, "*any f"], Float[Tensor, "*any f"], Float[Tensor, "*any 1"] | None]:
+    """Return the gradients of gate, up and the weights, given that of the result."""
     if limit is None:
-        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate)
+        return torch.ops.aten.silu_backward(grad * up, gate), grad * F.silu(gate), None
+    of_weights = None
+    if weights is not None:
+        of_weights = (grad * swiglu(gate, up, limit)).sum(-1, keepdim=True, dtype=weights.dtype)
+        grad = (grad * weights).to(grad.dtype)
     low, middle = gate.clamp(max=limit), up.clamp(-limit, limit)
-    of_gate, of_up = swiglu_gradients(grad, low, middle)
-    return of_gate.masked_fill(gate > limit, 0), of_up.masked_fill(up.abs() > limit, 0)
+    of_gate, of_up, _ = swiglu_gradients(grad, low, middle)
+    return of_gate.masked_fill(gate > limit, 0), of_up.masked_fill(up.abs() > limit, 0), of_weights
