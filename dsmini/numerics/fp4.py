@@ -12,7 +12,6 @@ All of it is a tile of 1x32 in quantization.py. A block that holds an infinity o
 """
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Integer
 from torch import Tensor
 
@@ -24,6 +23,7 @@ from dsmini.numerics.quantization import (
     encode_tiles,
     quantize_tiles,
     round_tiles,
+    tile_amax,
 )
 
 FP4_BLOCK = 32
@@ -50,7 +50,8 @@ def quantize_fp4(
     """Return two codes a byte, and the scales of blocks as UE8M0 bytes, both uint8. See round_fp4."""
     codes, scales = quantize_tiles(_rows(x, block).detach(), (1, block), "ue8m0", "e2m1", FP4_AMAX_MIN)
     lead, d = x.shape[:-1], x.shape[-1]
-    return codes.view(*lead, d // 2), ue8m0_bytes(scales).view(*lead, d // block)
+    as_bytes = scales.to(torch.float8_e8m0fnu).view(torch.uint8)
+    return codes.view(*lead, d // 2), as_bytes.view(*lead, d // block)
 
 
 def dequantize_fp4(
@@ -60,17 +61,10 @@ def dequantize_fp4(
 
     Raises: ValueError for scales that do not divide the codes into blocks.
     """
-    d, blocks = 2 * packed.shape[-1], scales.shape[-1]
-    if packed.shape[:-1] != scales.shape[:-1] or (d % blocks if blocks else d):
-        raise ValueError(f"scales of shape {list(scales.shape)} do not fit {list(packed.shape)} bytes of FP4 codes")
-    block = d // blocks if blocks else FP4_BLOCK
-    codes, factors = (torch.atleast_2d(part) for part in (packed, scales.view(torch.float8_e8m0fnu).float()))
+    d = 2 * packed.shape[-1]
+    block = d // max(1, scales.shape[-1]) or FP4_BLOCK
+    codes, factors = torch.atleast_2d(packed, scales.view(torch.float8_e8m0fnu))
     return dequantize_tiles(codes, factors, (1, block), "e2m1", dtype, d).view(*packed.shape[:-1], d)
-
-
-def ue8m0_bytes(scales: Float[Tensor, "*any"]) -> Integer[Tensor, "*any"]:
-    """Return the biased exponents of powers of two, or 255 for NaN, as uint8."""
-    return (scales.float().view(torch.int32) >> 23).to(torch.uint8)
 
 
 def fp4_to_fp8(
@@ -87,10 +81,7 @@ def fp4_to_fp8(
     """
     values = dequantize_fp4(packed, scales)
     used = scales.view(torch.uint8).masked_fill(values.unflatten(-1, (scales.shape[-1], -1)).eq(0).all(-1), 0).int()
-    wide = used.repeat_interleave(FP4_BLOCK, -1)
-    height, width = WEIGHT_TILE
-    wide = F.pad(wide, (0, -wide.shape[-1] % width, 0, -wide.shape[-2] % height))
-    largest = wide.unflatten(-1, (-1, width)).amax(-1).unflatten(-2, (-1, height)).amax(-2)
+    largest = tile_amax(used, (WEIGHT_TILE[0], WEIGHT_TILE[1] // FP4_BLOCK))
     # as FP32's exponent field
     block_scales = ((largest - ABSORBED).clamp(min=1) << 23).view(torch.float32)
     codes = encode_tiles(values, block_scales, WEIGHT_TILE)

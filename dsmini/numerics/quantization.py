@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from dsmini import ops
@@ -114,15 +114,20 @@ def round_tiles(
     return _in_strips(x.shape, scales, tile, lambda strip, s: FORMATS[format].round(x[..., strip, :] / s) * s, dtype)
 
 
-def tile_scales(
-    x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
-) -> Float[Tensor, "*batch rt ct"]:
-    """Return the scales of quantize_tiles, with rt = ceil(r / tile[0]) and ct = ceil(c / tile[1])."""
+def tile_amax(x: Shaped[Tensor, "*batch r c"], tile: Tile) -> Shaped[Tensor, "*batch rt ct"]:
+    """Return the largest magnitude of each tile, with rt = ceil(r / tile[0]) and ct = ceil(c / tile[1])."""
     r, c = x.shape[-2:]
     height, width = min(tile[0], max(1, r)), min(tile[1], max(1, c))
     padded = F.pad(x.abs(), (0, -c % width, 0, -r % height))
     rows, columns = padded.shape[-2] // height, padded.shape[-1] // width
-    amax = padded.unflatten(-1, (columns, width)).amax(-1).unflatten(-2, (rows, height)).amax(-2).float()
+    return padded.unflatten(-1, (columns, width)).amax(-1).unflatten(-2, (rows, height)).amax(-2)
+
+
+def tile_scales(
+    x: Float[Tensor, "*batch r c"], tile: Tile, scale: Scale, format: FormatName, amax_min: float
+) -> Float[Tensor, "*batch rt ct"]:
+    """Return the scales of quantize_tiles, one for each tile of tile_amax."""
+    amax = tile_amax(x, tile).float()
     # The divisor is a tensor on the device: by a Python number a GPU divides as a multiplication with 1 / 448.
     scales = amax.clamp(min=amax_min) / amax.new_full((), FORMATS[format].max)
     scales = next_power_of_two(scales) if scale == "ue8m0" else scales
