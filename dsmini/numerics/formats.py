@@ -13,6 +13,7 @@ Source: Micikevicius et al. 2022 (E4M3, E5M2); OCP microscaling formats 1.0 (E2M
 3.3 (E5M6).
 """
 
+import functools
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -89,9 +90,9 @@ class Format:
         code = half >> 10 - self.mantissa_bits | x.signbit().int() << self.bits - 1
         code = F.pad(torch.where(x.isnan(), self.nan, code), (0, -code.shape[-1] % self.packing[0]))
         even, odd = code.unflatten(-1, (-1, 2)).unbind(-1)
-        if self.bits == 4:
-            return (even | odd << 4).to(torch.uint8)
-        return torch.stack((even & 0xFF, even >> 8 | (odd & 0xF) << 4, odd >> 4), -1).flatten(-2).to(torch.uint8)
+        pair = even | odd << self.bits
+        stored = [(pair >> at & 0xFF).to(torch.uint8) for at in range(0, 2 * self.bits, 8)]
+        return torch.stack(stored, -1).flatten(-2)
 
     def decode(self, codes: Tensor, columns: int | None = None) -> Float[Tensor, "*batch c"]:
         """Return the FP32 values of codes.
@@ -102,13 +103,11 @@ class Format:
         if not self.packed:
             return codes.view(self.dtype).float()
         codes = codes.view(self.dtype)
-        if self.bits == 4:
-            pairs = (codes & 0xF, codes >> 4)
-        else:
-            low, middle, high = codes.unflatten(-1, (-1, 3)).int().unbind(-1)
-            pairs = (low | (middle & 0xF) << 8, middle >> 4 | high << 4)
-        code = torch.stack(pairs, -1).flatten(-2)[..., :columns].int()
+        places = range(0, 2 * self.bits, 8)
+        stored = codes.unflatten(-1, (-1, len(places))).int().unbind(-1)
+        pair = functools.reduce(torch.add, (byte << at for byte, at in zip(stored, places, strict=True)))
         sign = 1 << self.bits - 1
+        code = torch.stack((pair & 2 * sign - 1, pair >> self.bits), -1).flatten(-2)[..., :columns]
         half = ((code & sign - 1) << 10 - self.mantissa_bits).to(torch.int16).view(torch.float16)
         values = torch.where(code < sign, half, -half).float() * 2.0 ** (15 - self.bias)
         return values.masked_fill(values.isinf(), torch.nan)  # E5M6 has none
