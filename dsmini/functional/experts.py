@@ -14,8 +14,7 @@ dx is summed over a token's pairs, the weights' gradients over an expert's. With
 cut to it, and dg and du are 0 outside of it.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -36,9 +35,8 @@ from dsmini.numerics import (
     swiglu,
 )
 from dsmini.numerics.dispatch import combine, dispatch, dispatch_quantized, sort_by_expert, weights_of_slots
-from dsmini.numerics.quantization import group_sizes
+from dsmini.numerics.quantization import X, group_sizes
 
-X = TypeVar("X", Tensor, QuantizedTensor)
 W1 = Float[Tensor, "e f m"]
 W2 = Float[Tensor, "e m f"]
 KERNEL_FROM = 1 << 20
@@ -51,17 +49,13 @@ def experts_eager(
 ) -> Tensor:
     slow = x.dtype == torch.bfloat16 and product_dtype(x) != x.dtype
     if not torch.is_grad_enabled() and (slow or prefer_loop(x, indices, w1.shape[0])):
-        expert = lambda i, rows, share: _expert(rows, w1[i], w2[i], w3[i], limit, share)  # noqa: E731
-        return run_experts(x, indices, weights, w1.shape[0], expert, limit)
+        return run_experts(_expert, x, indices, weights, (w1, w2, w3), limit)
     if torch.is_grad_enabled() and trains_by_kernel(x, indices, weights, w1, w2, w3):
         return train_experts(x, indices, weights, w1, w2, w3, limit)
     given, dtype = x.dtype, product_dtype(x)
     if dtype != given:  # weights are rounded as x is, and then widened
         x, w1, w2, w3 = (t.to(given).to(dtype) for t in (x, w1, w2, w3))
-    slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
-    share = None if limit is None else weights_of_slots(weights, slots)
-    y = _grouped_experts(dispatch(x, slots), w1, w2, w3, slots.ends, limit, share)
-    y = combine(y, weights, slots, limit is not None)
+    y = run_together(_grouped_experts, x, indices, weights, (w1, w2, w3), limit)
     return y.to(given) if limit is None else y
 
 
@@ -70,43 +64,34 @@ def quantized_experts_eager(
     x: Tensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None = None
 ) -> Tensor:
     # only chosen experts are dequantized, one after the other
-    def expert(i: int, rows: Tensor, share: Tensor | None) -> Tensor:
-        return _expert(rows, matrix_of(w1, i), matrix_of(w2, i), matrix_of(w3, i), limit, share)
-
-    return run_experts(x, indices, weights, w1.shape[0], expert, limit)
+    return run_experts(_expert, x, indices, weights, (w1, w2, w3), limit)
 
 
 @ops.eager("fp8_experts")
 def fp8_experts_eager(
     x: QuantizedTensor, indices: Tensor, weights: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None = None
 ) -> Tensor:
-    def expert(i: int, rows: QuantizedTensor, share: Tensor | None) -> Tensor:
-        return _fp8_experts(rows, matrix_of(w1, i), matrix_of(w2, i), matrix_of(w3, i), None, limit, share)
-
     coded = any(isinstance(w, QuantizedTensor) for w in (w1, w2, w3))
     if coded or (not torch.is_grad_enabled() and prefer_loop(x, indices, w1.shape[0])):
-        return run_experts(x, indices, weights, w1.shape[0], expert, limit)
-    slots = sort_by_expert(indices, w1.shape[0], row_alignment(x, indices, w1.shape[0]))
-    share = None if limit is None else weights_of_slots(weights, slots)
-    y = _fp8_experts(dispatch_quantized(x, slots), w1, w2, w3, slots.ends, limit, share)
-    return combine(y, weights, slots, limit is not None)
+        return run_experts(_fp8_experts, x, indices, weights, (w1, w2, w3), limit)
+    return run_together(_fp8_experts, x, indices, weights, (w1, w2, w3), limit)
 
 
 def run_experts(
-    x: X,
-    indices: Tensor,
-    weights: Tensor,
-    e: int,
-    expert: Callable[[int, X, Tensor | None], Tensor],
-    limit: float | None,
+    run: Callable[..., Tensor], x: X, indices: Tensor, weights: Tensor, w123: Sequence[Weight], limit: float | None
 ) -> Tensor:
     """Run the chosen experts one after the other.
 
     Args:
-        expert: expert(i, rows, share) returns expert i's output for its rows. With a limit, share [rows, 1] has their
-            weights, which it multiplies before w2.
+        run: run(rows, w123, limit, share) returns an expert's output for its rows. With a limit, share [rows, 1] has
+            their weights, which it multiplies before w2.
+        w123: w1, w2 and w3 of all experts.
     """
-    weighed = limit is not None
+    e, weighed = w123[0].shape[0], limit is not None
+
+    def expert(i: int, rows: X, share: Tensor | None) -> Tensor:
+        return run(rows, [matrix_of(w, i) for w in w123], limit, share)
+
     if x.shape[0] == 1:  # decoding: nothing to sort
         shares = weights.view(-1, 1, 1) if weighed else [None] * indices.shape[1]
         y = torch.cat([expert(i, x, share) for i, share in zip(indices[0].tolist(), shares, strict=True)])
@@ -121,6 +106,21 @@ def run_experts(
             out.append(expert(i, rows_of(x, tokens), share))
     y = torch.cat(out) if out else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     return combine(y, weights, slots, weighed)
+
+
+def run_together(
+    run: Callable[..., Tensor], x: X, indices: Tensor, weights: Tensor, w123: Sequence[Weight], limit: float | None
+) -> Tensor:
+    """Run all experts at once, by grouped products.
+
+    Args:
+        run: as in run_experts, with all experts' matrices, and the `ends` of their rows.
+    """
+    e = w123[0].shape[0]
+    slots = sort_by_expert(indices, e, row_alignment(x, indices, e))
+    share = None if limit is None else weights_of_slots(weights, slots)
+    rows = dispatch(x, slots) if isinstance(x, Tensor) else dispatch_quantized(x, slots)
+    return combine(run(rows, w123, limit, share, slots.ends), weights, slots, limit is not None)
 
 
 def prefer_loop(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> bool:
@@ -142,16 +142,17 @@ def row_alignment(x: Tensor | QuantizedTensor, indices: Tensor, e: int) -> int:
     return 64 if enough and x.device.type == "cpu" and x.dtype == torch.bfloat16 else 1
 
 
-def _expert(rows: Tensor, w1: Weight, w2: Weight, w3: Weight, limit: float | None, share: Tensor | None) -> Tensor:
+def _expert(rows: Tensor, w123: Sequence[Weight], limit: float | None, share: Tensor | None) -> Tensor:
     dtype = product_dtype(rows)
-    x, *matrices = rows.to(dtype), *(dense(w, rows.dtype).to(dtype) for w in (w1, w2, w3))
+    x, *matrices = rows.to(dtype), *(dense(w, rows.dtype).to(dtype) for w in w123)
     hidden = swiglu(F.linear(x, matrices[0]), F.linear(x, matrices[2]), limit, share)
     return F.linear(hidden, matrices[1]).to(rows.dtype)
 
 
 def _grouped_experts(
-    rows: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, ends: Tensor, limit: float | None, share: Tensor | None
+    rows: Tensor, w123: Sequence[Tensor], limit: float | None, share: Tensor | None, ends: Tensor
 ) -> Tensor:
+    w1, w2, w3 = w123
     if torch.is_grad_enabled():
         w13 = torch.cat((w1.to(rows.dtype), w3.to(rows.dtype)), 1)  # one product reads the rows once
         gate, up = grouped_linear(rows, w13, ends).chunk(2, -1)
@@ -161,14 +162,9 @@ def _grouped_experts(
 
 
 def _fp8_experts(
-    rows: QuantizedTensor,
-    w1: Weight,
-    w2: Weight,
-    w3: Weight,
-    ends: Tensor | None,
-    limit: float | None,
-    share: Tensor | None,
+    rows: QuantizedTensor, w123: Sequence[Weight], limit: float | None, share: Tensor | None, ends: Tensor | None = None
 ) -> Tensor:
+    w1, w2, w3 = w123
     gate, up = (fp8_matmul(rows, w, ends=ends) for w in (w1, w3))
     return fp8_swiglu_matmul(gate, up, w2, ends=ends, limit=limit, weights=share)
 
