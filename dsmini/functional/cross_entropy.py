@@ -3,8 +3,6 @@
 The logits of a chunk of rows are computed at a time, then their gradient, and both are freed.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -34,47 +32,42 @@ def rows_at_a_time(weight: Float[Tensor, "v m"]) -> int:
 
 @ops.eager("linear_cross_entropy")
 def linear_cross_entropy_eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    # gradients are always off inside the function, so it gets the mode of the caller as an argument
-    return _LinearCrossEntropy.apply(hidden, weight, targets, torch.is_grad_enabled())  # pyright: ignore[reportReturnType]
+    of_hidden, of_weight = (torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight))
+    return ops.trained(lambda x, w: _loss_and_gradients(x, w, targets, of_hidden, of_weight), _scaled, hidden, weight)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(hidden weight^T)[target]; gradients are computed chunk by chunk in the forward."""
+def _loss_and_gradients(
+    hidden: Tensor, weight: Tensor, targets: Tensor, need_hidden: bool, need_weight: bool
+) -> tuple[Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Return the sum over rows of -log softmax(hidden weight^T)[target], and its gradients, chunk by chunk."""
+    chunk_rows = rows_at_a_time(weight)
+    dtype = product_dtype(hidden)
+    w = weight.to(hidden.dtype).to(dtype)
+    grad_hidden = torch.zeros_like(hidden) if need_hidden else None
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    summed = torch.promote_types(weight.dtype, torch.float32) if len(hidden) > chunk_rows else weight.dtype
+    grad_weight = torch.zeros_like(weight, dtype=summed) if need_weight else None  # a sum of chunks is not in BF16
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    for start in range(0, hidden.shape[0], chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        h, target = hidden[rows].to(dtype), targets[rows]
+        log_p = F.log_softmax(F.linear(h, w), -1, dtype=wide)
+        kept = (target != IGNORE)[:, None]
+        index = target.masked_fill(target == IGNORE, 0)[:, None]
+        loss -= (log_p.gather(1, index) * kept).sum()
+        if grad_hidden is None and grad_weight is None:
+            continue
+        p_minus_1 = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
+        grad_logits = (p_minus_1 * kept).to(dtype)
+        if grad_hidden is not None:
+            if dtype == hidden.dtype:
+                torch.mm(grad_logits, w, out=grad_hidden[rows])
+            else:
+                grad_hidden[rows] = grad_logits @ w
+        if grad_weight is not None:
+            grad_weight += grad_logits.T @ h
+    return loss, (grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, with_gradients: bool) -> Tensor:
-        chunk_rows = rows_at_a_time(weight)
-        dtype = product_dtype(hidden)
-        w = weight.to(hidden.dtype).to(dtype)
-        need_hidden, need_weight = (with_gradients and need for need in ctx.needs_input_grad[:2])
-        grad_hidden = torch.zeros_like(hidden) if need_hidden else None
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        summed = torch.promote_types(weight.dtype, torch.float32) if len(hidden) > chunk_rows else weight.dtype
-        grad_weight = torch.zeros_like(weight, dtype=summed) if need_weight else None  # a sum of chunks is not in BF16
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        for start in range(0, hidden.shape[0], chunk_rows):
-            rows = slice(start, start + chunk_rows)
-            h, target = hidden[rows].to(dtype), targets[rows]
-            log_p = F.log_softmax(F.linear(h, w), -1, dtype=wide)
-            kept = (target != IGNORE)[:, None]
-            index = target.masked_fill(target == IGNORE, 0)[:, None]
-            loss -= (log_p.gather(1, index) * kept).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            p_minus_1 = log_p.exp_().scatter_add_(1, index, -torch.ones_like(index, dtype=log_p.dtype))
-            grad_logits = (p_minus_1 * kept).to(dtype)
-            if grad_hidden is not None:
-                if dtype == hidden.dtype:
-                    torch.mm(grad_logits, w, out=grad_hidden[rows])
-                else:
-                    grad_hidden[rows] = grad_logits @ w
-            if grad_weight is not None:
-                grad_weight += grad_logits.T @ h
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return loss
 
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        hidden, weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return hidden, weight, None, None
+def _scaled(grad: Tensor, *gradients: Tensor | None) -> list[Tensor | None]:
+    return [None if g is None else g * grad.to(g.dtype) for g in gradients]

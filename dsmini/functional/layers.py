@@ -67,15 +67,6 @@ def _wide_linear(x: Tensor, weight: Tensor) -> Tensor:
     return ops.trained(forward, gradients, x, weight)
 
 
-@ops.eager("rms_norm")
-def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute rms_norm with torch's operation, or in training on a CPU with a faster one."""
-    if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _trained_rms_norm(x, weight, eps)
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
-    return F.rms_norm(y, weight.shape, weight.to(y.dtype), eps).to(x.dtype)
-
-
 @ops.operation("trained_norm")
 def trained_norm(
     x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: float
@@ -103,12 +94,16 @@ def trained_norm_gradients(
     return grad_x.to(x.dtype), product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
 
 
-def _trained_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Compute rms_norm by the two operations. First derivatives only.
+@ops.eager("rms_norm")
+def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute rms_norm with torch's operation, or in training on a CPU by the two operations, with first derivatives.
 
-    torch composes it of slow operations: means over short rows, mixed dtypes. This takes half to two thirds of the
-    time, less by a kernel (docs/log.md), and keeps x instead of FP32 copies.
+    torch composes its gradients of slow operations: means over short rows, mixed dtypes. These take half to two thirds
+    of the time, less by a kernel (docs/log.md), and keep x instead of FP32 copies.
     """
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(y, weight.shape, weight.to(y.dtype), eps).to(x.dtype)
     known = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
     served = known and x.numel() >= KERNEL_FROM and weight.shape == x.shape[-1:]
     served = served and not torch.is_autocast_enabled("cpu")

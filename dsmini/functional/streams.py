@@ -13,6 +13,7 @@ Tokens come last, so that a sum over rows or columns adds long vectors.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,13 +104,7 @@ def read_streams_eager(streams: Tensor, weights: Tensor) -> Tensor:
     read = ops.find("read_streams")
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return read.reference(streams, weights)
-    served = _served(streams, weights)
-
-    def forward(streams: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return (read if served else read.reference)(streams, weights), (streams, weights)
-
-    gradients = read_streams_gradients if served else read_streams_gradients.reference
-    return ops.trained(forward, gradients, streams, weights)
+    return _trained(read, read_streams_gradients, _served(streams, weights), streams, weights)
 
 
 @ops.operation("read_streams_gradients")
@@ -127,13 +122,7 @@ def write_streams_eager(streams: Tensor, output: Tensor, post: Tensor, comb: Ten
     write = ops.find("write_streams")
     if comb is None or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return write.reference(streams, output, post, comb)
-    served = _served(streams, post, output)
-
-    def forward(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return (write if served else write.reference)(*inputs), inputs
-
-    gradients = write_streams_gradients if served else write_streams_gradients.reference
-    return ops.trained(forward, gradients, streams, output, post, comb)
+    return _trained(write, write_streams_gradients, _served(streams, post, output), streams, output, post, comb)
 
 
 @ops.operation("write_streams_gradients")
@@ -149,6 +138,14 @@ def write_streams_gradients(
     of_streams, of_comb = comb @ wide, streams.to(post.dtype) @ wide.mT
     of_output, of_post = (post.unsqueeze(-1) * wide).sum(-2), (output.unsqueeze(-2) * wide).sum(-1)
     return of_streams.to(streams.dtype), of_output.to(output.dtype), of_post, of_comb
+
+
+def _trained(
+    run: ops.Operation[..., Tensor], gradients: ops.Operation[..., Any], served: bool, *inputs: Tensor
+) -> Tensor:
+    """Return run(*inputs), with gradients by an operation of its own that reads the inputs."""
+    forward, backward = (run, gradients) if served else (run.reference, gradients.reference)
+    return ops.trained(lambda *inputs: (forward(*inputs), inputs), backward, *inputs)
 
 
 def _served(streams: Tensor, weights: Tensor, *rows: Tensor) -> bool:
