@@ -7,7 +7,7 @@ addition is atomic, so the same input gives the same bits. Plain versions index 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,7 +53,7 @@ def sort_by_expert(indices: Int[Tensor, "n k"], e: int, align: int = 1) -> Slots
 
 def dispatch(x: Float[Tensor, "n m"], slots: Slots) -> Float[Tensor, "rows m"]:
     """Return each slot's row of x. First derivatives only."""
-    return cast(Tensor, _Dispatch.apply(x, slots.token, slots.slot))
+    return ops.trained(lambda x: (x.index_select(0, slots.token), (slots.slot,)), _sum_by_token, x)
 
 
 def combine(
@@ -61,12 +61,30 @@ def combine(
 ) -> Float[Tensor, "n m"]:
     """Return sum over k of weights[n, k] * rows[slot[n, k]], added in order of k. First derivatives only.
 
+    embedding_bag gathers and adds in one operation, ten times as fast on a CPU as rows[slot] and a sum.
+
     Args:
         weighed: rows are V4's, with their weights already; they are added in FP32, and the result is FP32.
     """
     if weighed:
         rows, weights = rows.to(torch.promote_types(rows.dtype, torch.float32)), torch.ones_like(weights)
-    return cast(Tensor, _Combine.apply(rows, weights, slots.token, slots.slot))
+    of_weights = weights.requires_grad
+
+    def forward(rows: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        y = F.embedding_bag(slots.slot, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
+        return y, (rows, weights, slots.token, slots.slot)
+
+    def gradients(grad: Tensor, rows: Tensor, weights: Tensor, token: Tensor, slot: Tensor) -> list[Tensor | None]:
+        grad_rows = grad.index_select(0, token)
+        grad_weights = None
+        if of_weights:
+            per_slot = (rows * grad_rows) @ rows.new_ones(rows.shape[1])  # a row's sum, as a fast product
+            grad_weights = per_slot[slot].to(weights.dtype)
+        # exactly zero in padding
+        of_slot = rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
+        return [grad_rows.mul_(of_slot[:, None]), grad_weights]
+
+    return ops.trained(forward, gradients, rows, weights)
 
 
 def weights_of_slots(weights: Float[Tensor, "n k"], slots: Slots) -> Float[Tensor, "rows 1"]:
@@ -86,56 +104,15 @@ def dispatch_quantized(x: QuantizedTensor, slots: Slots) -> QuantizedTensor:
     chosen_slots = torch.zeros(rows, dtype=torch.bool, device=token.device).index_fill(0, slot.flatten(), True)
     codes = F.pad(x.codes.view(torch.uint8), (0, 0, 0, 1)).view(x.codes.dtype)
     with_zeros = replace(x, codes=codes, scales=F.pad(x.scales, (0, 0, 0, 1)), source=None)
-    source = None if x.source is None else cast(Tensor, _QuantizedDispatch.apply(x.source, slot, rows))
+    source = x.source
+    if source is not None:  # as in dispatch, with one element in memory
+        source = ops.trained(lambda x: (x.new_zeros(()).expand(rows, x.shape[1]), (slot,)), _sum_by_token, source)
     return replace(rows_of(with_zeros, torch.where(chosen_slots, token, n)), source=source)
 
 
-class _Dispatch(torch.autograd.Function):
-    """Row of each slot. A token's gradient is the sum over its k slots, in order, gathered as well."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return x.index_select(0, token)
-
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (slot,) = ctx.saved_tensors
-        return F.embedding_bag(slot, grad, mode="sum"), None, None
-
-
-class _QuantizedDispatch(_Dispatch):
-    """_Dispatch for rows that exist as codes: a tensor for the graph of autograd, of one element in memory."""
-
-    @staticmethod
-    def forward(ctx: Any, source: Tensor, slot: Tensor, rows: int) -> Tensor:
-        ctx.save_for_backward(slot)
-        return source.new_zeros(()).expand(rows, source.shape[1])
-
-
-class _Combine(torch.autograd.Function):
-    """Weighted sum of each token's k rows. The gradient of padding slots is exactly zero.
-
-    embedding_bag gathers and adds in one operation, ten times as fast on a CPU as rows[slot] and a sum.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, weights: Tensor, token: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, weights, token, slot)
-        return F.embedding_bag(slot, rows, mode="sum", per_sample_weights=weights.to(rows.dtype))
-
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
-        rows, weights, token, slot = ctx.saved_tensors
-        grad_rows = grad.index_select(0, token)
-        grad_weights = None
-        if ctx.needs_input_grad[1]:
-            per_slot = (rows * grad_rows) @ rows.new_ones(rows.shape[1])  # a row's sum, as a fast product
-            grad_weights = per_slot[slot].to(weights.dtype)
-        of_slot = rows.new_zeros(rows.shape[0]).scatter(0, slot.flatten(), weights.flatten().to(rows.dtype))
-        return grad_rows.mul_(of_slot[:, None]), grad_weights, None, None
+def _sum_by_token(grad: Float[Tensor, "rows m"], slot: Int[Tensor, "n k"]) -> list[Tensor]:
+    """Return the sum of each token's k slots, in order, gathered as well: the gradient of dispatch."""
+    return [F.embedding_bag(slot, grad, mode="sum")]
 
 
 def grouped_linear(
