@@ -151,14 +151,11 @@ def generate(
     lengths = torch.tensor([len(row) for row in generation.rows])
     logprobs = padded(generation.logprobs, dtype=torch.float32)
     experts = keys = None
-    if routing:  # of guesses after the end of a row there may be some
-        longest = max(1, int(lengths.max()))
-        most = (longest - 1) // (CSA_RATIO if model.config.attention in V4 else 1)
-        unread = torch.arange(longest - 1)[None, :, None] >= lengths[:, None, None] - 1
-        experts, keys = (
-            [layer[:, : longest - 1].masked_fill(unread.to(layer.device), -1) for layer in layers]
-            for layers in (generation.experts, [layer[..., :most] for layer in generation.keys])
-        )
+    if routing:
+        read = max(0, int(lengths.max()) - 1)
+        most = read // (CSA_RATIO if model.config.attention in V4 else 1)
+        experts = [layer[:, :read] for layer in generation.experts]
+        keys = [layer[:, :read, :most] for layer in generation.keys]
     return Generated(padded(generation.rows), lengths, generation.stats, logprobs, experts, keys)
 
 
@@ -170,6 +167,8 @@ class Row:
     """The prompt and its continuation so far."""
     left: int
     """Number of tokens that may still be added; 0 once the row has ended."""
+    place: int
+    """Number of rows before it in the generation."""
     begin: int = 0
     """First token that is in the cache."""
     new: list[int] = field(default_factory=list)
@@ -221,11 +220,11 @@ class Generation:
         model, ends = self.model, self.eos_token_id
         if ends is None or not isinstance(ends, Collection):
             ends = [] if ends is None else [ends]
-        room = checked_room(
-            model, self.prompts, self.max_new_tokens, ends, self.max_seq_len, self.slide, self.speculative
-        )
+        room = self._checked_room(ends)
         self._ends: set[int] = set(ends)
-        self._rows: list[Row] = [Row(tokens=list(prompt), left=self.max_new_tokens) for prompt in self.prompts]
+        self._rows: list[Row] = [
+            Row(tokens=list(prompt), left=self.max_new_tokens, place=i) for i, prompt in enumerate(self.prompts)
+        ]
         self._active: list[Row] = list(self._rows)
         """The row that each sequence of the cache belongs to."""
         self._device, self._started = model.device, False
@@ -250,6 +249,40 @@ class Generation:
             cache_fixed_bytes=self.cache.fixed_nbytes,
         )
         """Counts and times so far."""
+
+    def _checked_room(self, ends: Collection[int]) -> int:
+        """Return the number of tokens of a row that the cache needs room for.
+
+        Raises: ValueError for prompts or options that this model, or a cache with that room, cannot serve.
+        """
+        prompts, max_new_tokens, config = self.prompts, self.max_new_tokens, self.model.config
+        longest, context, v = max(map(len, prompts), default=0), config.max_seq_len, config.vocab_size
+        check_new_tokens(max_new_tokens)
+        for i, prompt in enumerate(prompts):
+            if wrong := [token for token in prompt if not 0 <= token < v]:
+                raise ValueError(f"prompt {i} has token id {wrong[0]}, outside the vocabulary; want 0 to {v - 1}")
+        if not prompts or not min(map(len, prompts)):
+            raise ValueError("a prompt is empty, or there is none; give each at least one token")
+        for token in ends:
+            if not is_whole(token) or not 0 <= token < v:
+                raise ValueError(f"eos_token_id={token} is outside the vocabulary; want 0 to {v - 1}, or None")
+        if self.speculative and not len(self.model.mtp):
+            raise ValueError("speculative=True, but the model has no multi-token prediction blocks; leave it out")
+        # guesses lie after a row's last token, also those of the others next to a row that has ended
+        room = longest + max_new_tokens + 2 * self.speculative * len(self.model.mtp)
+        room = min(context, room) if self.max_seq_len is None else self.max_seq_len
+        if room > context:
+            raise ValueError(f"a cache of {room} tokens is longer than the model's context of {context}; use {context}")
+        # the last new token is never fed back; a row that slides needs room for its prompt and half of the cache
+        fits = longest + max_new_tokens - 1 <= room or (self.slide and longest <= room and room > 1)
+        if longest > context or not fits:
+            limit = f"the model's context of {context}" if room == context else f"the cache's {room}"
+            fewer = f"ask for {room - longest + 1} or fewer, or give a shorter prompt"
+            raise ValueError(
+                f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than {limit}; "
+                f"{fewer if longest <= room else 'shorten the prompt'}"
+            )
+        return room
 
     @property
     def rows(self) -> list[list[int]]:
@@ -290,7 +323,7 @@ class Generation:
         else:
             self._drop_ended()
             self._forget()
-            self._take(*self._step())
+            self._step()
             self.stats.seconds += time.perf_counter() - start
         return [row.new for row in self._rows]
 
@@ -306,8 +339,8 @@ class Generation:
             row.take(new, of, self._ends)
             self.stats.new_tokens += len(row.new)
 
-    def _step(self) -> tuple[list[list[int]], Float[Tensor, "b s v"]]:
-        """Run one decoding step of all rows; return the new tokens of each, and the logits that they are drawn from."""
+    def _step(self) -> None:
+        """Run one decoding step of all rows."""
         tokens = torch.tensor([row.tokens[-1:] for row in self._active], device=self._device)
         live, seen = [row.left > 0 for row in self._active], self._seen()
         # 1. the last token of each row and its guesses: [b, s]
@@ -322,7 +355,6 @@ class Generation:
         new = None if all(live) else torch.tensor(live, device="cpu") * tokens.shape[1]
         keys: list[Any] | None = [] if self.routing else None
         states = self.decoder.states(tokens, self.cache, new, keys)
-        self._record(states.routing, keys, start, new)
         logits = self.decoder.logits(states.normed)
         # 3. the accepted guesses of each row, and one more token
         if seen is not None:  # and the guesses before each column
@@ -340,34 +372,30 @@ class Generation:
             self.stats.drafted += guesses.shape[1] * sum(live)
             self.stats.accepted += sum(kept) - sum(live)
         self.stats.steps += sum(live)
-        return chosen, logits
+        self._take(chosen, logits)
+        # 4. the experts and keys of what is left of them; the last new token is read in the next step
+        if keys is not None:
+            self._record(states.routing, keys, start, [len(row.new) for row in self._active])
 
-    def _record(
-        self, routing: list[Routing], keys: list[Any] | None, starts: Int[Tensor, " b"], new: Int[Tensor, " b"] | None
-    ) -> None:
-        """Note experts and keys of the new tokens of the rows in the cache; of guesses until others take their places.
+    def _record(self, routing: list[Routing], keys: list[Any], starts: Int[Tensor, " b"], counts: list[int]) -> None:
+        """Note experts and keys of tokens of the rows in the cache.
 
         Args:
-            keys: those that each indexer chose; None: nothing is noted.
+            keys: those that each indexer chose.
             starts: number of tokens of each row before them.
-            new: number of new tokens of each row; None: they are all that were routed.
+            counts: number of tokens of each row.
         """
-        if keys is None:
-            return
-        b, sizes, topk = len(self._active), (len(self._rows), self.cache.max_seq_len), self.model.config.index_topk or 0
-        places = {id(row): i for i, row in enumerate(self._rows)}
-        rows = [places[id(active)] for active in self._active]
+        sizes, topk = (len(self._rows), self.cache.max_seq_len), self.model.config.index_topk or 0
         if not self.experts and not self.keys:
             self.experts = [of.indices.new_full((*sizes, of.indices.shape[1]), -1) for of in routing]
             self.keys = [torch.full((*sizes, topk), -1, device=self._device) for _ in keys]
-        experts = [of.indices.unflatten(0, (b, -1)) for of in routing]
+        experts = [of.indices.unflatten(0, (len(counts), -1)) for of in routing]
         for store, indices in zip([*self.experts, *self.keys], [*experts, *keys], strict=True):
             if indices is None:  # all keys are read, as where nothing is noted
                 continue
-            s, k = indices.shape[1:]
-            counts = [s] * b if new is None else new.tolist()
-            for i, (row, start, n) in enumerate(zip(rows, starts.tolist(), counts, strict=True)):
-                store[row, start : start + n] = F.pad(indices[i, :n], (0, store.shape[2] - k), value=-1)
+            for i, (row, start, n) in enumerate(zip(self._active, starts.tolist(), counts, strict=True)):
+                missing = store.shape[2] - indices.shape[2]
+                store[row.place, start : start + n] = F.pad(indices[i, :n], (0, missing), value=-1)
 
     def _seen(self) -> Bool[Tensor, "b v"] | None:
         """Return a mask of the tokens that each row holds; None if the sampling needs none."""
@@ -413,7 +441,7 @@ def prefill(
     contexts: list[list[int]],
     drafter: Drafter | None = None,
     watch: Callable[[int, int], None] | None = None,
-    record: Callable[[list[Routing], list[Any], Tensor, Tensor | None], None] | None = None,
+    record: Callable[[list[Routing], list[Any], Tensor, list[int]], None] | None = None,
 ) -> Float[Tensor, "b v"]:
     """Append the tokens of each row to the cache, PREFILL at a time; return the logits after each row's last.
 
@@ -436,7 +464,7 @@ def prefill(
         starts, keys = cache.lengths, None if record is None else list[Any]()
         states = model.states(tokens, cache, uneven, chosen=keys)
         if record is not None and keys is not None:
-            record(states.routing, keys, starts, uneven)
+            record(states.routing, keys, starts, new.tolist())
         if drafter is not None:
             drafter.read(tokens, states.given, uneven)
         last = last_valid(states.normed, uneven, states.normed[:, 0] if last is None else last)
@@ -486,48 +514,3 @@ def check_new_tokens(max_new_tokens: int) -> None:
         raise ValueError(
             f"max_new_tokens={max_new_tokens!r} is not a whole number from 0 to {MOST_NEW:,}; use for example 64"
         )
-
-
-def checked_room(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    ends: Collection[int],
-    max_seq_len: int | None,
-    slide: bool,
-    speculative: bool,
-) -> int:
-    """Return the number of tokens of a row that the cache needs room for.
-
-    Raises: ValueError for prompts or options that this model, or a cache with that room, cannot serve.
-    """
-    longest, context, v = max(map(len, prompts), default=0), model.config.max_seq_len, model.config.vocab_size
-    check_new_tokens(max_new_tokens)
-    for i, prompt in enumerate(prompts):
-        if wrong := [token for token in prompt if not 0 <= token < v]:
-            raise ValueError(f"prompt {i} has token id {wrong[0]}, outside the vocabulary; want 0 to {v - 1}")
-    if not prompts or not min(map(len, prompts)):
-        raise ValueError("a prompt is empty, or there is none; give each at least one token")
-    for token in ends:
-        if not is_whole(token) or not 0 <= token < v:
-            raise ValueError(f"eos_token_id={token} is outside the vocabulary; want 0 to {v - 1}, or None")
-    if speculative and not len(model.mtp):
-        raise ValueError("speculative=True, but the model has no multi-token prediction blocks; leave it out")
-    # guesses lie after a row's last token, also those of the others next to a row that has ended
-    room = longest + max_new_tokens + 2 * speculative * len(model.mtp)
-    room = min(context, room) if max_seq_len is None else max_seq_len
-    if room > context:
-        raise ValueError(f"a cache of {room} tokens is longer than the model's context of {context}; use {context}")
-    # the last new token is never fed back; a row that slides needs room for its prompt and half of the cache
-    fits = longest + max_new_tokens - 1 <= room or (slide and longest <= room and room > 1)
-    if longest > context or not fits:
-        limit = f"the model's context of {context}" if room == context else f"the cache's {room}"
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new_tokens} new ones are more than {limit}; "
-            + (
-                f"ask for {room - longest + 1} or fewer, or give a shorter prompt"
-                if longest <= room
-                else "shorten the prompt"
-            )
-        )
-    return room

@@ -238,9 +238,8 @@ def figures(stats: Stats, speculative: bool) -> dict[str, Any]:
     """Return the counts and times of a generation by name: times in seconds, sizes in bytes."""
     names = ["prompt_tokens", "new_tokens", "tokens_per_s", "seconds", "prefill_seconds"]
     names += ["cache_bytes_per_token", "cache_fixed_bytes", "cache_bytes"]
-    names += (
-        ["steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step", "draft_seconds"] if speculative else []
-    )
+    if speculative:
+        names += ["steps", "drafted", "accepted", "acceptance_rate", "tokens_per_step", "draft_seconds"]
     return {name: getattr(stats, name) for name in names}
 
 
