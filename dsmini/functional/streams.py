@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dsmini import ops
 
+Operation = ops.Operation[..., Any]
 KERNEL_FROM = 1 << 12
 """Numbers from which training asks for kernels, which may have to be compiled."""
 
@@ -140,9 +141,7 @@ def write_streams_gradients(
     return of_streams.to(streams.dtype), of_output.to(output.dtype), of_post, of_comb
 
 
-def _trained(
-    run: ops.Operation[..., Tensor], gradients: ops.Operation[..., Any], served: bool, *inputs: Tensor
-) -> Tensor:
+def _trained(run: Operation, gradients: Operation, served: bool, *inputs: Tensor) -> Tensor:
     """Return run(*inputs), with gradients by an operation of its own that reads the inputs."""
     forward, backward = (run, gradients) if served else (run.reference, gradients.reference)
     return ops.trained(lambda *inputs: (forward(*inputs), inputs), backward, *inputs)

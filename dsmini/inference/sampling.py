@@ -87,8 +87,7 @@ class Sampling:
         """
         scores = self.penalised(logits, seen).float()
         if self.temperature == 0:
-            likeliest = scores.argmax(-1, keepdim=True)
-            return torch.zeros_like(scores).scatter_(-1, likeliest, 1.0)
+            return torch.zeros_like(scores).scatter_(-1, scores.argmax(-1, keepdim=True), 1.0)
         # the likeliest token at 0, which no filter drops; 0 / tiny is still 0, but 0 / 1e-50 in FP32 is 0 / 0
         scores = (scores - scores.amax(-1, keepdim=True)) / max(self.temperature, torch.finfo(torch.float32).tiny)
         if self.top_k is not None and self.top_k < scores.shape[-1]:

@@ -233,8 +233,7 @@ def fp8_matmul(
     of_weight = (weight.shape[-1], weight.tile, weight.scale, weight.format)
     recipe = Recipe(q.scale, *of_weight, grad_format, saved.format, out_dtype or x.dtype, accumulator, ops.chosen())
     rows = dequantize_tiles(_rows(q.codes), _rows(q.scales), ACTIVATION_TILE, "e4m3", recipe.operands).view(q.shape)
-    kept = saved.parts if wants_dw else ()
-    return _multiply(recipe, rows, weight, ends, kept, trained, q.source, None, None)
+    return _multiply(recipe, rows, weight, ends, saved.parts if wants_dw else (), trained, q.source, None, None)
 
 
 def fp8_swiglu_matmul(
