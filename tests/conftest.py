@@ -52,7 +52,7 @@ READ = {"quick": QUICK, "gpu": {"gpu", "kernels", "functional", "nn"}}
 LONGEST = (
     *("training/test_resume.py", "golden/test_golden.py"),
     *("diagnosis/test_training.py", "inference/test_generate_command.py", "planner/test_layouts.py"),
-    *("commands/test_commands.py", "nn/test_cache.py", "training/test_record.py", "commands/test_plan_command.py"),
+    *("commands/test_commands.py", "nn/test_cache.py", "training/test_record.py"),
 )
 """Files that take longest, which come first: a process that began one last would end long after the others."""
 CPU = torch.device("cpu")

@@ -8,16 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsmini.reading import (
-    brief,
-    check_path,
-    listed,
-    open_regular,
-    parse_json,
-    read_bytes,
-    read_table,
-    read_toml,
-)
+from dsmini.reading import brief, check_path, listed, open_regular, parse_json, read_bytes, read_table, read_toml
 from tests.helpers.configs import refusal
 
 DEEP, DIGITS = 100_000, "9" * 5000

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import time
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -244,14 +245,7 @@ def test_another_text_is_measured_again(go: Go, tmp_path: Path) -> None:
 # --- the command line
 
 
-REFUSED = {
-    "fake_dekode": "unknown question 'fake_dekode'; there are fake_cache, fake_decode, fake_roofline",
-    "--threads 100000": "use 1 to 1024",
-    "--device abacus": "device 'abacus' is unknown",
-    "--text nowhere.txt": "--text: there is no file nowhere.txt",
-    "--compare nowhere": "--compare: there is no file nowhere",
-    "--peer-python nowhere": "--peer-python: there is no file nowhere",
-}
+REFUSED = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text())
 
 
 @pytest.mark.parametrize("args", REFUSED)

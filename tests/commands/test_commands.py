@@ -5,6 +5,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,10 +28,13 @@ from dsmini.console import command
 from dsmini.console.command import outcome_of
 from dsmini.console.commandline import field_docstrings, flags, parse
 from dsmini.console.messages import printable, say
+from dsmini.console.progress import Progress
+from dsmini.report.units import human
 from tests.conftest import SMALL
 from tests.helpers.commands import ROOT, TINY, check_refused, finish, place_with_run, run, run_all, run_apart, start
-from tests.helpers.configs import refusal
+from tests.helpers.configs import CONFIGS, refusal, written
 from tests.helpers.corpora import lay_out
+from tests.helpers.released_configs import HF_V3
 
 
 @pytest.fixture(scope="module")
@@ -390,3 +394,122 @@ def test_layers_and_loading_load_no_compiler(tmp_path: Path) -> None:
     dsmini.save_pretrained(dsmini.Transformer(**SMALL), tmp_path / "m")
     code = f"import sys, dsmini; dsmini.generate, dsmini.load_pretrained({str(tmp_path / 'm')!r})"
     assert printed_by(f"{code}; print('torch._dynamo' in sys.modules)") == "False\n"
+
+
+# --- plans: answers, JSON, pages, and mistakes
+
+V3 = CONFIGS / "deepseek-v3.toml"
+SAYS = tomllib.loads(Path(__file__).with_name("plan_says.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    lay_out(folder, {"broken.toml": b"[model\n", "empty.toml": b"# nothing\n[train]\n", "taken": b"", "notes.md": b""})
+    written(folder, HF_V3, "config.json")
+    written(folder, HF_V3 | {"model_type": "deepseek_v41"}, "later.json")
+    written(folder, {"model_type": "llama", "hidden_size": 4096}, "llama.json")
+    written(folder, {}, "empty.json")
+    (folder / "held" / "plan.html").mkdir(parents=True)
+    shutil.copy(Path(__file__).with_name("place") / "mine.toml", folder)
+    return folder
+
+
+def asked(line: str, planned: Path) -> str:
+    """Return what a command says, which must end with status 0."""
+    ((status, said),) = run_all([("dsmini.plan", line)], planned, columns=120)
+    assert status == 0, said
+    return said
+
+
+def record(line: str, planned: Path) -> Any:
+    return json.loads(asked(f"{line} --json", planned).splitlines()[-1])
+
+
+@pytest.mark.parametrize("line", SAYS)
+def test_answer_holds_what_was_asked_for(line: str, planned: Path) -> None:
+    said = asked(line, planned).replace("\n", " ")
+    assert [words for words in SAYS[line].splitlines() if words not in said] == []
+    if "--out" in line:
+        folder = planned / line.split()[-1]
+        assert (folder / "plan.html").read_text().startswith("<!DOCTYPE html>")
+        assert json.loads((folder / "plan.json").read_text())
+
+
+def test_json_has_every_figure_in_base_units(planned: Path) -> None:
+    found = record("deepseek-v3", planned)
+    assert found["figures"]["model"]["kv_cache"] == {
+        "value": 70272,
+        "unit": "B/token",
+        "title": "Cache of a token, all layers; V4's without the window",
+        "source": "V2, table 1; INS, table 1; V4, section 2.3",
+    }
+    assert found["layout"]["pipeline"] == 16 and found["hardware"] == "h800" and found["fits"]
+    assert found["binds"] == {"training": "compute", "decode": "links", "prefill": "experts"}
+    assert found["work"] == {"batch": 15360, "seq_len": 4096, "tokens": pytest.approx(14.8e12, rel=1e-3)}
+    decode = found["deployments"]["decode"]
+    points = {name: point["gpus"] for name, point in decode["points"].items()}
+    assert found["serving"]["context"] == 4096 and points.pop("DeepSeek's own") == 320
+    assert points == {"in time": 48, "cheapest": 256, "fastest": 256}
+    rates = [each["gpu_tokens_per_second"] for each in decode["front"]]
+    assert rates == sorted(rates) and [e["time"] for e in decode["front"]] == sorted(e["time"] for e in decode["front"])
+    assert decode["bound"]["gpu_tokens_per_second"] >= max(rates) and decode["left_out"]
+    theirs = record("config.json", planned)["figures"]["model"]
+    assert {n: f["value"] for n, f in found["figures"]["model"].items()} == {n: f["value"] for n, f in theirs.items()}
+    listed = {line.split()[0] for line in asked("deepseek-v3 --explain list", planned).splitlines() if line.strip()}
+    assert {name for section in found["figures"].values() for name in section} <= listed
+    explained = record("deepseek-v3 --explain kv_cache", planned)
+    assert explained["steps"][0]["name"] == "kv_cache"
+    assert "kv_lora_rank" in {line["name"] for line in explained["inputs"]}
+
+
+def test_what_does_not_fit_comes_first_without_a_price_and_with_status_2(planned: Path) -> None:
+    ((status, said),) = run_all([("dsmini.plan", "deepseek-v2-lite --hardware h100 --gpus 1")], planned, columns=120)
+    _, first, *rest = said.splitlines()
+    assert status == 2 and first.startswith("training   does not fit: no layout on gpus=1 fits 90 % of 85.9 GB")
+    assert "$" not in said and "tokens/s a GPU" in " ".join(rest)
+    ((status, said),) = run_all([("dsmini.plan", "deepseek-v3 --gpus 2048 --sequences 100000")], planned, columns=120)
+    assert status == 2 and "decode     does not fit: decode on 256 GPUs takes" in said.splitlines()[1]
+    assert "$" not in said and "days" in said
+    ((status, said),) = run_all([("dsmini.plan", "deepseek-v3 --gpus 8 --all")], planned, columns=160)
+    assert status == 2 and "$" not in said and "decode_time" in said
+
+
+def test_own_config_lists_the_sizes_that_it_leaves_to_defaults(planned: Path) -> None:
+    (planned / "few.toml").write_text("[model]\ndim = 512\nn_layers = 8\n")
+    said = asked("few.toml", planned)
+    assert "sizes that its file leaves to dsmini's defaults: vocab_size=256" in said.replace("\n", " ")
+    assert "defaults:" not in asked("kimi-k2", planned)
+
+
+def test_json_of_variations_and_searches(planned: Path) -> None:
+    pairs = record("deepseek-v3 --vary kv_lora_rank=128,512 hardware=h100,h800 --of kv_cache", planned)["plans"]
+    assert [(p["kv_lora_rank"], p["hardware"], p["kv_cache"]) for p in pairs] == [
+        (rank, hardware, cache) for rank, cache in ((128, 23_424), (512, 70_272)) for hardware in ("h100", "h800")
+    ]
+    layouts = record("deepseek-v3 --gpus 256 --schedule 1f1b --recompute full --search --out found", planned)["layouts"]
+    times = [layout["step_seconds"] for layout in layouts]
+    assert times == sorted(times) and all(layout["gpus"] == 256 and layout["binds"] for layout in layouts)
+    assert json.loads((planned / "found/plan.json").read_text())["layouts"] == layouts
+    page = re.sub("<[^>]+>", "", (planned / "found/plan.html").read_text())
+    assert f"The fullest GPU needs {human(layouts[0]['memory'], 'B')} of" in page, "the page plans the fastest"
+    own = record("toy --hardware mine.toml", planned)
+    assert own["hardware"] == "mine" and own["layout"]["gpus"] == 1
+
+
+def test_mistake_of_a_plan_is_a_sentence_and_status_2(planned: Path) -> None:
+    check_refused("dsmini.plan", planned)
+
+
+def test_full_output_is_no_fault_of_a_folder() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "dsmini.plan", str(V3)]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "free some space or write elsewhere" in done.stderr
+
+
+def test_ctrl_c_ends_a_search_cleanly(planned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal comes with the first progress, which any search makes, however fast it is."""
+    monkeypatch.setattr(Progress, "update", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    done = run(f"dsmini.plan {V3} --gpus 256 --search", planned)
+    assert (done.returncode, done.stderr, done.stdout) == (130, "stopped\n", "")

@@ -140,15 +140,9 @@ BASES["glm"] = HF_GLM | {"num_hidden_layers": 4, "indexer_types": ["full", "full
 del BASES["glm"]["index_topk_freq"]  # so that the list alone says it
 
 
-GLM_SPELLINGS: dict[str, dict[str, Any]] = {
-    "freq": {},
-    "pattern": {"index_topk_pattern": "FF" + 19 * "FSSS", "index_topk_freq": None},
-    "list": {"indexer_types": (["full"] * 2 + 19 * ["full", "shared", "shared", "shared"])},
-    "all": {
-        "indexer_types": (["full"] * 2 + 19 * ["full", "shared", "shared", "shared"]),
-        "index_topk_pattern": "FF" + 19 * "FSSS",
-    },
-}
+PATTERN = {"index_topk_pattern": "FF" + 19 * "FSSS"}
+LIST = {"indexer_types": ["full"] * 2 + 19 * ["full", "shared", "shared", "shared"]}
+GLM_SPELLINGS = {"freq": {}, "pattern": PATTERN | {"index_topk_freq": None}, "list": LIST, "all": LIST | PATTERN}
 
 
 @pytest.mark.parametrize("spelling", GLM_SPELLINGS)

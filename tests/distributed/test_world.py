@@ -196,15 +196,10 @@ def test_command_to_continue_starts_as_many_processes(monkeypatch: pytest.Monkey
         assert launcher() == words
 
 
-@pytest.mark.parametrize(
-    ("environment", "got"),
-    [
-        ({"WORLD_SIZE": "1"}, ["cuda", "cpu", "cuda:1", "cuda"]),
-        ({"WORLD_SIZE": "1", "LOCAL_RANK": "0"}, ["cuda:0", "cpu", "cuda:1", "cuda:0"]),
-        # a run of one process may have stored cuda:1
-        ({"WORLD_SIZE": "8", "LOCAL_RANK": "3"}, ["cuda:3", "cpu", "cuda:3", "cuda:3"]),
-    ],
-)
+DEVICES = tomllib.loads(Path(__file__).with_name("devices.toml").read_text())["devices"]
+
+
+@pytest.mark.parametrize(("environment", "got"), DEVICES)
 def test_each_process_has_a_gpu_of_its_own(
     environment: dict[str, str], got: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

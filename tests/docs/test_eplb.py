@@ -1,6 +1,8 @@
 """Check the load balancer against its published example and figures, by its invariants, and by brute force."""
 
 import itertools
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,31 +12,12 @@ from hypothesis import strategies as st
 from docs.tutorials.eplb import balance, copies_of, place_experts
 from tests.helpers.configs import refusal
 
-README = np.array(
-    [
-        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
-        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
-    ]
-)
-"""Loads of the example in the README of deepseek-ai/EPLB, and the placement that it prints."""
-PLACED = [
-    [5, 6, 5, 7, 8, 4, 3, 4, 10, 9, 10, 2, 0, 1, 11, 1],
-    [7, 10, 6, 8, 6, 11, 8, 9, 2, 4, 5, 1, 5, 0, 3, 1],
-]
-
-REFUSALS = {
-    "13, 4, 2, 8": "use 16, which is 4 redundant",
-    "8, 4, 2, 8": "use 16",
-    "16, 5, 1, 8": "n_groups=5 does not divide 12 experts",
-    "16, 4, 3, 8": "n_nodes=3 does not divide n_gpus=8",
-    "96, 4, 2, 8": "use 48",
-}
-"""Replicas, groups, nodes and GPUs for the loads of the README, and a part of the refusal."""
+README = tomllib.loads(Path(__file__).with_name("eplb.toml").read_text())
+LOADS = np.array(README["loads"])
 
 
 def test_readme_example_is_reproduced() -> None:
-    placed = place_experts(README, 16, 4, 2, 8)
-    assert placed.tolist() == PLACED
+    assert place_experts(LOADS, 16, 4, 2, 8).tolist() == README["placed"]
 
 
 @st.composite
@@ -100,8 +83,8 @@ def test_largest_load_per_copy_is_the_smallest_possible() -> None:
 
 
 def test_wrong_sizes_and_loads_are_refused() -> None:
-    for sizes, sentence in REFUSALS.items():
-        said = refusal(place_experts, README, *map(int, sizes.split(",")))
+    for sizes, sentence in README["refused"]:
+        said = refusal(place_experts, LOADS, *sizes)
         assert sentence in said and "\n" not in said
     for wrong in ([[1.0, float("nan")]], [[1, -1]], [1, 2], [[]], np.zeros((0, 2))):
         assert "loads" in refusal(place_experts, np.array(wrong), 2, 1, 1, 1)

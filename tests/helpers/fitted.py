@@ -8,28 +8,15 @@ value nearest to the middle wins a tie, so what no row depends on stays there. N
 """
 
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from dsmini.planner.figure import Figure
 from dsmini.planner.request import presets
 from tests.helpers.measured import HIGH, LOW, Row, estimate, rows
 
-RANGES: Mapping[str, tuple[float, float]] = {
-    "matrix_bandwidth": (0.54, 0.80),
-    "matrix_compute": (0.33, 0.71),
-    "expert_bandwidth": (0.64, 0.84),
-    "expert_compute": (0.16, 0.65),
-    "expert_fp4_compute": (0.16, 0.39),
-    "attention_bandwidth": (0.60, 0.90),
-    "attention_compute": (0.39, 0.67),
-    "attention_fp8_compute": (0.34, 0.41),
-    "expert_imbalance": (1.0, 1.2),
-    "layer_latency": (97e-6, 119e-6),
-    "step_latency": (0.0, 2e-3),
-    "exchange_latency": (13e-6, 31e-6),
-    "reduce_latency": (3e-6, 18e-6),
-}
-"""Least and most of each efficiency: experts in FP4 as fast as other products at most, the floors of a layer added."""
+RANGES: Mapping[str, list[float]] = tomllib.loads(Path(__file__).with_name("ranges.toml").read_text())
 STEPS = 8
 
 

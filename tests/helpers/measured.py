@@ -17,10 +17,6 @@ from tests.helpers.plans import every_of
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "measured.md"
-COLUMNS = (
-    *("system", "model", "hardware", "phase", "measured", "bound, own layout", "bound, any", "estimate"),
-    *("over measured", "half", "assumed"),
-)
 LOW, HIGH = 0.7, 1.4
 """Estimate over measured that needs no explanation."""
 
@@ -169,21 +165,7 @@ def rows() -> list[Row]:
 
 def page() -> str:
     """Return docs/measured.md: each system next to the bounds of its own layout and of any, and the estimate."""
-    lines = [
-        "# Measured systems, bounds and estimates",
-        "",
-        "Written by `python -m tests.helpers.measured` from `tests/planner/measured.toml`. A test holds that no bound",
-        "is below what was measured: of the system's own layout, and of the best of any. The efficiencies of the",
-        "estimates are fitted to the fitted rows alone, by `python -m tests.helpers.fitted`. Both halves had been seen",
-        "when the form of the estimate was chosen, so the kept one says how well it carries over to other systems of",
-        "the same time, and not that it predicts one that nobody has seen. Eight of the 13 efficiencies lie at an end",
-        "of the range that they may have: rows of whole systems say little about each. The last column has what a",
-        "source leaves out.",
-        "All is in tokens/s of a GPU, or of one user. A number in brackets is a source of the list below.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: | --- | --- |",
-    ]
+    lines = Path(__file__).with_suffix(".md").read_text().splitlines()
     ratios: dict[str, list[float]] = {"fitted": [], "kept": []}
     sources = list(dict.fromkeys(row.source for row in rows()))
     for row in rows():

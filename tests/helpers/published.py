@@ -193,19 +193,8 @@ def page() -> str:
     """Return docs/published.md: each figure next to ours."""
     figures = published_figures()
     n = Counter(figure.status for figure in figures)
-    lines = [
-        "# Figures that others printed, and ours",
-        "",
-        "Written by `python -m tests.helpers.published` from `tests/planner/published.toml`. A test holds each",
-        f"verdict. Of {len(figures)} figures {n['reproduced']} are reproduced from sizes of models and machines,",
-        f"{n['follows']} follow from other printed figures, {n['fitted']} are fitted by one constant,",
-        f"{n['missed']} are missed, and {n['misprint']} contradict their own source.",
-        "The error is of unrounded values. It stands next to the error to hold: half a unit of the last printed digit,",
-        "where no note says otherwise.",
-        "",
-        "| figure | published | ours | error, % | within | verdict | source | note |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    n["all"] = n.total()
+    lines = Path(__file__).with_suffix(".md").read_text().format_map(n).splitlines()
     for before, f in zip([None, *figures], figures, strict=False):
         note = "as above" if before and f.note and f.note == before.note else f.note
         printed, ours = (

@@ -2,9 +2,9 @@
 
 import itertools
 import math
+import tomllib
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -76,33 +76,22 @@ def test_rows_do_not_disturb_each_other(rows: list[list[float]], sampling: Sampl
     assert torch.equal(sampling.probabilities(logits, seen), torch.cat(alone))
 
 
-LEVEL = torch.zeros(1, 1000)
-PEAK = torch.zeros(1, 1000).index_fill_(1, torch.tensor(700), 1.0)
-HALVES, QUARTERS = one(0.5, 0.25, 0.125, 0.125).log(), one(*[0.25] * 4)
-TENTHS = one(0.4, 0.3, 0.2, 0.1).log()
+LOGITS_OF = {
+    **{"level": torch.zeros(1, 1000), "many": torch.zeros(1, 200_003), "halves": one(0.5, 0.25, 0.125, 0.125).log()},
+    **{"peak": torch.zeros(1, 1000).index_fill_(1, torch.tensor(700), 1.0), "tenths": one(0.4, 0.3, 0.2, 0.1).log()},
+}
+FILTERS = tomllib.loads(Path(__file__).with_name("filters.toml").read_text())
 
 
-@pytest.mark.parametrize(
-    ("options", "logits", "want"),
-    [
-        pytest.param({"temperature": 0.0}, one(1.0, 5.0, 5.0, 5.0), [1], id="greedy takes the lowest of equals"),
-        pytest.param({"temperature": 1e-45}, one(1.0, 90.0, 3.0), [1], id="tiny temperature"),
-        pytest.param({"temperature": 5e-324}, one(1.0, 90.0, 3.0), [1], id="tiniest temperature"),
-        pytest.param({"top_k": 4}, PEAK, [0, 1, 2, 700], id="ties at top_k keep the lowest"),
-        pytest.param({"top_p": 3.5 / 1000}, LEVEL, [0, 1, 2, 3], id="ties at top_p keep the lowest"),
-        pytest.param({"top_p": 1e-9}, LEVEL, [0], id="top_p below an FP32 share keeps one"),
-        pytest.param({"top_p": 1e-50}, PEAK, [700], id="top_p that is 0 in FP32 keeps one"),
-        pytest.param({"top_p": 0.76}, HALVES, [0, 1, 2], id="top_p keeps the third that crosses"),
-        pytest.param({"top_p": 0.5}, QUARTERS, [0, 1], id="top_p that is met exactly"),
-        pytest.param({"top_p": 0.9}, torch.zeros(1, 200_003), range(180_003), id="top_p of many tokens"),
-        pytest.param({"top_k": 2, "top_p": 0.55}, TENTHS, [0], id="top_p is of what top_k left"),
-    ],
-)
-def test_filter_keeps(options: dict[str, Any], logits: Tensor, want: Sequence[int]) -> None:
+@pytest.mark.parametrize("case", FILTERS)
+def test_filter_keeps(case: str) -> None:
     """Tokens that are kept have the same odds as before."""
+    options, given = FILTERS[case]["options"], FILTERS[case]["logits"]
+    logits = LOGITS_OF[given] if isinstance(given, str) else one(*given)
     got = Sampling(**({"temperature": 1.0} | options)).probabilities(logits)[0]
-    assert got.nonzero().flatten().tolist() == list(want)
-    assert torch.allclose(got[list(want)], logits[0, list(want)].softmax(0), rtol=1e-4)
+    want = FILTERS[case].get("want") or list(range(FILTERS[case]["first"]))
+    assert got.nonzero().flatten().tolist() == want
+    assert torch.allclose(got[want], logits[0, want].softmax(0), rtol=1e-4)
 
 
 def test_a_draw_is_that_of_torch() -> None:
@@ -148,15 +137,7 @@ def test_what_cannot_be_drawn_from_is_refused() -> None:
 N = 20_000
 SIGMAS = 4.5
 """Largest deviation in standard deviations; a right rule goes over it once in 150,000 comparisons."""
-# p of the model after no, one and two guesses, and q of the two guesses
-CASES = {
-    "q above p": ([[0.9, 0.1], [0.85, 0.15], [0.5, 0.5]], [[0.99, 0.01], [0.95, 0.05]]),
-    "q below p": ([[0.9, 0.1], [0.8, 0.2], [0.5, 0.5]], [[0.6, 0.4], [0.5, 0.5]]),
-    "four tokens": (
-        [[0.05, 0.8, 0.1, 0.05], [0.4, 0.3, 0.2, 0.1], [0.25] * 4],
-        [[0.1, 0.88, 0.02, 0.0], [0.1, 0.1, 0.1, 0.7]],
-    ),
-}
+CASES = tomllib.loads(Path(__file__).with_name("acceptance.toml").read_text())
 
 
 def check(got: int, n: int, p: float, case: str) -> None:
@@ -166,7 +147,7 @@ def check(got: int, n: int, p: float, case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_tokens_follow_the_model_and_guesses_are_kept_as_often_as_possible(case: str) -> None:
-    p, q = (torch.tensor(rows) for rows in CASES[case])
+    p, q = (torch.tensor(CASES[case][name]) for name in "pq")
     generator = torch.Generator().manual_seed(0)
     guesses = torch.stack([draw(row.expand(N, -1), generator) for row in q], 1).tolist()
     rows: list[Tensor] = list(q)

@@ -262,9 +262,11 @@ GROUPS = st.lists(st.integers(0, 200), min_size=1, max_size=5).filter(lambda siz
 def test_groups_equal_each_expert_alone(sizes: list[int], dtype: torch.dtype, seed: int) -> None:
     ends = torch.tensor(sizes).cumsum(0)
     rows, e, n, k = sum(sizes), len(sizes), 48, 144
-    x = varied(rows, k, dtype=dtype, seed=seed).requires_grad_()
+    # rows of every other expert are small: in one tile with the large ones of another they would be flushed to zero
+    share = (1e-5 ** (torch.arange(e) % 2)).repeat_interleave(torch.tensor(sizes))[:, None].to(dtype)
+    x = (varied(rows, k, dtype=dtype, seed=seed) * share).requires_grad_()
     w = varied(e, n, k, seed=seed + 1).requires_grad_()
-    dy = varied(rows, n, dtype=dtype, seed=seed + 2)
+    dy = varied(rows, n, dtype=dtype, seed=seed + 2) * share
     y = fp8_matmul(x, w, ends=ends)
     dx, dw = torch.autograd.grad(y, [x, w], dy)
     alone = [
@@ -274,10 +276,10 @@ def test_groups_equal_each_expert_alone(sizes: list[int], dtype: torch.dtype, se
     ]
     unit = FP32_UNIT if dtype == torch.float32 else BF16_UNIT
     tolerance = rounding(unit) + rounding(FP32_UNIT, terms=200)
-    assert relative_error(y, torch.cat([a[0] for a in alone])) < tolerance
-    assert relative_error(dx, torch.cat([a[1] for a in alone])) < tolerance
-    assert relative_error(dw, torch.stack([a[2] for a in alone])) < tolerance
-    assert all((dw[j] == 0).all() for j, size in enumerate(sizes) if not size)
+    for size, *got, want in zip(sizes, y.split(sizes), dx.split(sizes), dw, alone, strict=True):
+        for a, b in zip(got, want, strict=True) if size else ():
+            assert relative_error(a, b) < tolerance
+        assert size or not got[2].any()
 
 
 # --- SwiGLU

@@ -1,6 +1,7 @@
 """transformers' classes make the tensors of the vectors from the same folders, and the checker finds no difference."""
 
 import json
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,7 @@ from dsmini.checkpoint.vectors import GENERATIONS, config_of, rising, write
 from dsmini.nn.layers import RMSNorm
 from tests.helpers.folders import inspected
 
-POINTS = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_a_layernorm": "attn.q_norm",
-    "self_attn.q_a_norm": "attn.q_norm",
-    "self_attn.kv_a_layernorm": "attn.latent",
-    "self_attn": "attn",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp": "ffn",
-}
-"""transformers' names of modules of a block whose results are in the vectors, and the names there."""
+POINTS = tomllib.loads(Path(__file__).with_name("cases.toml").read_text())["points"]
 LACKS = {"v3": ()} | dict.fromkeys(("v3.2", "v4", "glm-5.2"), ("mtp.",))
 """Beginnings of the names that transformers has no code for."""
 

@@ -157,25 +157,17 @@ def test_what_a_file_of_its_own_says_comes_first(tmp_path: Path) -> None:
     assert found is not None and found.tokenizer.decode(found.encode(user(found, "hi"))) == "only hi"
 
 
-@pytest.mark.parametrize(
-    ("generation", "config", "ends"),
-    [
-        (None, {}, EOS),
-        (None, {"eos_token_id": 3}, (3,)),
-        ({}, {"eos_token_id": [3, 4]}, (3, 4)),
-        ({"eos_token_id": [5]}, {"eos_token_id": 3}, (5,)),
-        ({"eos_token_id": None}, {"eos_token_id": 3}, (3,)),
-        ({"eos_token_id": [3, 399]}, {"vocab_size": 400}, (3, 399)),
-    ],
-    ids=str,
-)
-def test_what_ends_an_answer(tmp_path: Path, generation: Any, config: Any, ends: Any) -> None:
+FOLDERS = tomllib.loads(Path(__file__).with_name("folders.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", FOLDERS["ends"], ids=str)
+def test_what_ends_an_answer(tmp_path: Path, case: dict[str, Any]) -> None:
     folder = save_text_side(tmp_path / "m")
-    (folder / "config.json").write_text(json.dumps(config))
-    if generation is not None:
-        (folder / "generation_config.json").write_text(json.dumps(generation))
+    (folder / "config.json").write_text(case["config"])
+    if "generation" in case:
+        (folder / "generation_config.json").write_text(case["generation"])
     side = read_text_side(folder)
-    assert (side.tokenizer.decode(side.ends) if ends == EOS else side.ends) == ends
+    assert list(side.ends) == case["ends"] if "ends" in case else side.tokenizer.decode(side.ends) == EOS
 
 
 def test_a_folder_without_a_vocabulary_may_be_of_bytes(tmp_path: Path) -> None:
@@ -190,10 +182,7 @@ def test_a_folder_without_a_vocabulary_may_be_of_bytes(tmp_path: Path) -> None:
     assert read_text_side(tmp_path, tokenizer=str(tmp_path / "t.json")).tokenizer.vocab_size > 256
 
 
-REFUSALS = tomllib.loads(Path(__file__).with_name("refusals.toml").read_text(encoding="utf-8"))["folder"]
-
-
-@pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case["said"][-60:])
+@pytest.mark.parametrize("case", FOLDERS["refused"], ids=lambda case: case["said"][-60:])
 def test_text_side_is_refused(tmp_path: Path, case: dict[str, Any]) -> None:
     folder = save_text_side(tmp_path / "m", **case.get("config", {}))
     for name, content in case.get("files", {}).items():
