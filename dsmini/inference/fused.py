@@ -5,9 +5,9 @@ block. You can skip this file: without it, or where a layer is not plain, the mo
 
 A model is taken apart into its weights once for each generation: bare tensors, with their sizes and options.
 Only a block whose modules are all dsmini's own is: with a subclass, a hook, a mask, normed heads, simulated FP8,
-experts on other processes, FP4 weights, a wrapper such as LoRA, or keys that another layer chose it runs as a module,
-and then all blocks do. A multi-token prediction block that is not plain runs as it is. The plain versions of the
-operations run the modules.
+experts on other processes, FP4 outside of them, a wrapper such as LoRA, or keys that another layer chose it runs as a
+module, and then all blocks do. A multi-token prediction block that is not plain runs as it is. The plain versions of
+the operations run the modules.
 
 Numbers between operations are FP32. Weights and the cache stay as they are stored.
 """
@@ -15,7 +15,7 @@ Numbers between operations are FP32. Weights and the cache stay as they are stor
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -44,8 +44,9 @@ from dsmini.nn import (
     Transformer,
 )
 from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MTPCache
+from dsmini.nn.codec import BLOCK_FP4, BLOCK_FP8
 from dsmini.nn.compressed_attention import Compressor, EntryIndexer
-from dsmini.nn.fp8 import FP8Weights
+from dsmini.nn.fp8 import SCALES, FP8Weights
 from dsmini.nn.gate import HashGate
 from dsmini.nn.hyper_connections import HyperConnection, IdentityConnection
 from dsmini.nn.layers import FP32Linear, LayerNorm, is_plain
@@ -53,7 +54,7 @@ from dsmini.nn.mtp import MTPChain
 from dsmini.nn.residual import PlainResidual
 from dsmini.nn.rope import CosSin, Rope
 from dsmini.nn.transformer import States
-from dsmini.numerics import Weight
+from dsmini.numerics import FP4_BLOCK, WEIGHT_TILE, Weight
 
 KNOWN = (
     *(Block, MTP, PlainResidual, RMSNorm, LayerNorm, Linear, FP32Linear, QuantizedLinear),
@@ -72,6 +73,9 @@ ROLES: dict[str, tuple[type, ...]] = {
 """Classes of the children of a block."""
 SCORE_FUNCS = ("sigmoid", "softmax", "sqrtsoftplus")
 """Score functions that the kernels have."""
+CODES = frozenset({(WEIGHT_TILE, "e4m3", torch.float32)})
+EXPERT_CODES = CODES | {((1, FP4_BLOCK), "e2m1", torch.float8_e8m0fnu)}
+"""Codes that the kernels read, and those of experts: tile, format and dtype of scales."""
 MOST_TOKENS, MOST_WIDTH, MOST_STREAMS = 32, 1024, 8
 """Number of tokens in a step, of numbers in a row of V4's attention, and of streams, up to which kernels serve."""
 
@@ -94,6 +98,8 @@ class StepWeights:
     that of the norm. They are detached: their memory stays, even if a module gets another."""
     dtype: torch.dtype
     """Dtype of products with codes: in BF16 a kernel may round the other operand to it, as the modules do."""
+    tiles: ClassVar[tuple[int, int]] = BLOCK_FP8, BLOCK_FP4
+    """Numbers that share a scale where V4 rounds rows to FP8, and its indexer's to FP4."""
     prepared: dict[int, Any] = field(default_factory=dict)
     """Weights as a kernel prepares them, by the address of the norm's."""
 
@@ -127,8 +133,8 @@ def why_not_known(module: nn.Module, *classes: type[nn.Module]) -> str:
                 return f"{name} has a {option}"
         if isinstance(part, DSA) and part.indexer is None:
             return f"{name} takes the keys that layer {part.source} chose"
-        if isinstance(part, FP8Weights) and any(of[1:] != ((128, 128), "e4m3") for of in part.layouts.values()):
-            return f"{name} holds codes in another format than E4M3 with a scale for each 128x128 block"
+        if isinstance(part, FP8Weights) and not held_as(part) <= (EXPERT_CODES if isinstance(part, Experts) else CODES):
+            return f"{name} holds codes that are neither E4M3 with FP32 scales of 128x128 blocks nor, in experts, FP4"
         if isinstance(part, HyperConnection) and part.n > MOST_STREAMS:
             return f"{name} has {part.n} streams"
         if isinstance(part, CompressedAttention) and part.head_dim > MOST_WIDTH:
@@ -138,6 +144,11 @@ def why_not_known(module: nn.Module, *classes: type[nn.Module]) -> str:
         if isinstance(part, Gate) and part.options["score_func"] not in SCORE_FUNCS:
             return f"{name} has score_func={part.options['score_func']!r}"
     return ""
+
+
+def held_as(part: FP8Weights) -> set[tuple[Any, ...]]:
+    """Return the tile, the format and the dtype of scales of each matrix that a module holds as codes."""
+    return {(*of[1:], part.get_buffer(SCALES[name]).dtype) for name, of in part.layouts.items()}
 
 
 def why_as_module(block: nn.Module) -> str:

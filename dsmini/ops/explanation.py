@@ -86,7 +86,7 @@ def lines() -> Iterator[str]:
     yield ""
     yield "Calls that want a gradient, run under torch.compile, or that a kernel does not serve run in PyTorch:"
     yield "eager, which is tuned, where there is such a version, else reference, the equation. Steps of decoding run"
-    yield "as modules where a block has more than the kernels know, such as hooks, V4's attention or a limit of SwiGLU:"
+    yield "as modules where a block has more than the kernels know, such as hooks or FP4 outside of experts:"
     yield "dsmini.inference.fused.Decoder(model).why names it."
 
 

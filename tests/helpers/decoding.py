@@ -11,11 +11,14 @@ from torch import Tensor
 
 from dsmini import ModelConfig, Transformer
 from dsmini.nn import Cache
-from dsmini.nn.fp8 import hold_all_fp8
+from dsmini.nn.fp8 import fp8_weights, hold_all_fp8, hold_fp8
+from dsmini.numerics import FP4_BLOCK, WEIGHT_TILE, quantize
 from tests.conftest import MODELS as SIZES
 from tests.conftest import SMALL, randomise
 
 WEIGHTS = ("float32", "bfloat16", "fp8")
+EXPERTS = (*WEIGHTS, "fp4")
+"""Numbers of all matrices; with "fp4" those of the routed experts, whose model has FP8 elsewhere."""
 CACHES = (torch.float32, torch.bfloat16, "fp8")
 ROOM = 400
 ODD = SMALL | {"n_mtp_layers": 0, "max_seq_len": ROOM}
@@ -44,7 +47,20 @@ def model_of(name: str, weights: str = "float32", **changes: Any) -> Transformer
     ).eval()
     if weights == "bfloat16":
         return model.to(torch.bfloat16)
+    if weights == "fp4":
+        for name in fp8_weights(model):
+            if ".experts." in name:
+                hold_fp4(model, name)
+            else:
+                q = quantize(model.get_parameter(name), WEIGHT_TILE, "ue8m0")
+                hold_fp8(model, name, q.codes, q.scales)
     return hold_all_fp8(model, "ue8m0") if weights == "fp8" else model
+
+
+def hold_fp4(model: Transformer, name: str) -> None:
+    """Let the parameter of that name be E2M1 codes with a scale of a byte for each 32 numbers of a row."""
+    q = quantize(model.get_parameter(name), (1, FP4_BLOCK), "ue8m0", "e2m1")
+    hold_fp8(model, name, q.codes, q.scales.to(torch.float8_e8m0fnu), tile=(1, FP4_BLOCK), format="e2m1")
 
 
 def filled(model: Transformer, lengths: list[int], dtype: Any) -> Cache:

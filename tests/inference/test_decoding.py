@@ -22,8 +22,8 @@ from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, calls
 from tests.conftest import SMALL, randomise, require_cpu_kernels
 from tests.helpers.configs import V4
-from tests.helpers.decoding import COMPRESSED, GROUPED, MODELS, SPARSE, filled, model_of
-from tests.helpers.tolerances import FP32_MODEL, moved_codes, relative_error
+from tests.helpers.decoding import CACHES, COMPRESSED, EXPERTS, GROUPED, MODELS, SPARSE, filled, hold_fp4, model_of
+from tests.helpers.tolerances import BF16_CACHE, FP32_MODEL, moved_codes, relative_error
 
 Model = Callable[..., Transformer]
 Change = Callable[[Transformer], Any]
@@ -38,13 +38,18 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_step(
-    model: Transformer, lengths: list[int], s: int, new: list[int] | None = None, tolerance: float = FP32_MODEL
+    model: Transformer,
+    lengths: list[int],
+    s: int,
+    new: list[int] | None = None,
+    tolerance: float = FP32_MODEL,
+    dtype: Any = torch.float32,
 ) -> None:
     """Compare the states and the cache after a step of a decoder with those of the model as the reference."""
     results = []
     for backend in ("reference", None):
         with ops.use(backend), torch.no_grad():
-            cache = model.new_cache(len(lengths), dtype=torch.float32)
+            cache = model.new_cache(len(lengths), dtype=dtype)
             prompt = torch.arange(len(lengths) * max(lengths)).view(len(lengths), -1) % 61
             model(prompt, cache, torch.tensor(lengths))
             tokens = torch.arange(len(lengths) * s).view(-1, s) % 61
@@ -74,7 +79,7 @@ def test_a_step_agrees_with_the_model(name: str, weights: str) -> None:
     check_step(model, [9, 66, 1], 3, tolerance=NEAR)
 
 
-@WEIGHTS
+@pytest.mark.parametrize("weights", EXPERTS)
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_a_step_of_v4_agrees_with_the_model(name: str, weights: str) -> None:
     """Also where padding would overwrite rows that are read later, and where a step makes more than one entry."""
@@ -85,6 +90,15 @@ def test_a_step_of_v4_agrees_with_the_model(name: str, weights: str) -> None:
     check_step(model, [70], 1, tolerance=near)
     check_step(model, [131], 9, tolerance=near)
     check_step(model, [9, 66, 126], 5, [5, 0, 3], tolerance=near)
+
+
+@pytest.mark.parametrize("name", CACHES, ids=str)
+def test_fp4_experts_agree_with_the_model_in_each_cache(name: Any) -> None:
+    """A row that rounds to its other neighbour moves what reads it."""
+    model = model_of("v4", "fp4")
+    assert not Decoder(model).why
+    near = {torch.float32: NEAR, torch.bfloat16: BF16_CACHE, "fp8": moved_codes(NEAR)}[name]
+    check_step(model, [9, 66, 126], 5, [5, 0, 3], near, name)
 
 
 def test_rows_that_have_ended_and_padding_agree_with_the_model(small_model: Model) -> None:
@@ -216,6 +230,13 @@ def nothing(model: Transformer) -> None:
     """Change nothing: the model is another already."""
 
 
+def other_scales(model: Transformer) -> None:
+    """Hold experts in FP4 with scales that no kernel reads."""
+    hold_fp4(model, "layers.1.ffn.experts.w2")
+    experts: Any = model.layers[1].ffn.experts
+    experts.w2_scale = experts.w2_scale.float()
+
+
 # how the model is made, and what is changed in it
 CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
     "wrapped wkv_b": ({}, wrap("layers.1.attn.wkv_b")),
@@ -233,12 +254,16 @@ CHANGES: dict[str, tuple[dict[str, Any], Change]] = {
     "limit of SwiGLU": ({}, lambda model: setattr(model.layers[1].ffn.shared_experts, "limit", 0.01)),
     "another norm": ({}, lambda model: setattr(model.layers[1], "attn_norm", LayerNorm(SMALL["dim"]))),
     "streams of V4": ({"hc_mult": 2}, nothing),
+    "FP4 in attention": ({}, lambda model: hold_fp4(model, "layers.1.attn.wo.weight")),
+    "FP4 with FP32 scales": ({}, other_scales),
     "wide heads of V4": (V4 | {"head_dim": 1056, "n_heads": 2}, nothing),
 }
 WHY = {
     "limit of SwiGLU": "layers.1: ffn has another limit of SwiGLU in its shared experts",
     "another norm": "layers.1: attn_norm is a LayerNorm",
     "streams of V4": "layers.0: hc_attn is a HyperConnection of other attention than V4's",
+    "FP4 in attention": "layers.1: attn.wo holds codes that are neither E4M3",
+    "FP4 with FP32 scales": "layers.1: ffn.experts holds codes that are neither E4M3",
     "wide heads of V4": "layers.0: attn has heads of 1056 numbers",
 }
 """Reasons that a decoder gives."""

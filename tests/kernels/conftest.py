@@ -1,5 +1,6 @@
 """Numbers of all kinds, guarded memory, equality bit by bit, and fixtures. Nothing is built before a test needs it."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -16,7 +17,7 @@ from torch import Tensor
 from dsmini import ops
 from dsmini import quantize as quantize_weight
 from dsmini.machine import on_threads
-from dsmini.numerics import WEIGHT_TILE, dequantize_tiles, quantize_tiles, round_tiles
+from dsmini.numerics import FP4_BLOCK, WEIGHT_TILE, dequantize_tiles, quantize_tiles, round_tiles
 from dsmini.numerics.quantization import FormatName, Scale, Tile
 from dsmini_kernels import cpu
 from dsmini_kernels.cpu import build, calls, folder, tiles
@@ -143,6 +144,9 @@ def assert_threads_change_no_bit(run: Callable[[], Sequence[Tensor]], most: int 
 
 def weight_in(dtype: str, *shape: int) -> Any:
     w = torch.randn(shape) / shape[-1] ** 0.5
+    if dtype == "fp4":
+        q = quantize_weight(w, (1, FP4_BLOCK), "ue8m0", "e2m1")
+        return dataclasses.replace(q, scales=q.scales.to(torch.float8_e8m0fnu))
     return quantize_weight(w, WEIGHT_TILE) if dtype == "fp8" else w.to(getattr(torch, dtype))
 
 

@@ -124,8 +124,18 @@ VALID: dict[str, dict[str, Any]] = {
     },
     "compressed_attention": {
         **{"threads": 1, "b": 2, "s": 2, "dim": 8, "bf16": 0, "added": 1, "positions": 20, "heads": 2, "width": 8},
-        **{"rope": 2, "q_rank": 4, "groups": 2, "rank": 3, "window": 3, "ratio": 4, "series": 2, "rounded": 0},
-        **{"index_heads": 2, "topk": 1, "x": torch.zeros(2, 2, 8), "y": torch.zeros(2, 2, 8)},
+        **{
+            "rope": 2,
+            "q_rank": 4,
+            "groups": 2,
+            "rank": 3,
+            "window": 3,
+            "ratio": 4,
+            "series": 2,
+            "tile": 0,
+            "key_tile": 0,
+        },
+        **{"key_tile": 0, "index_heads": 2, "topk": 1, "x": torch.zeros(2, 2, 8), "y": torch.zeros(2, 2, 8)},
         **{"cos": torch.zeros(20, 1), "sin": torch.zeros(20, 1), "starts": torch.tensor([18, 9])},
         **{"counts": torch.tensor([2, 1]), "latest": key_rows(LATEST, 4)[1], "entries": block_rows(8)},
         **{"keys": block_rows(4), "norm": torch.zeros(8), "q_norm": torch.zeros(4), "kv_norm": torch.zeros(8)},
@@ -177,7 +187,11 @@ WRONG: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("muon", "", [{"piece": piece(rows=n)} for n in (0, 5)] + [{"piece": piece(columns=n)} for n in (7, HUGE)]),
     ("muon", "beyond", [{"piece": piece(**{name: bad})} for name in "pgm" for bad in wrong_spans(STACK)]),
     ("experts", "", [{"indices": torch.tensor([[0, 1], [0, bad], [0, 1]])} for bad in (-1, 2)]),
-    ("experts", "", [{"w1": w1(kind)} for kind in (-1, 2, 3, 4)]),  # no such type, and codes without scales
+    (
+        "experts",
+        "",
+        [{"w1": w1(kind)} for kind in range(-1, 7) if kind not in (0, 1)],
+    ),  # no such type, and codes without scales
     ("experts", "", [{"dim": 0}, {"k": 0}, {"bf16": 2}]),
     ("heads_attention", "beyond", [{name: rows(x, bad)} for name, x in HEADS.items() for bad in wrong_spans(x)]),
     ("heads_attention", "beyond", [{name: rows(x, further=n)} for name, x in HEADS.items() for n in (-HUGE, 1)]),
@@ -204,6 +218,7 @@ WRONG: list[tuple[str, str, list[dict[str, Any]]]] = [
         [{"compressor": b""}, {"key_compressor": b""}, {"index_weights": matrix(2, 8, type=1)}],
     ),
     ("compressed_attention", "", [{"key_compressor": compressor(3)}, {"groups": 3}, {"rope": 10}, {"bf16": 2}]),
+    ("compressed_attention", "", [{"tile": -1}, {"key_tile": 31}]),
     ("stream_step", "", [{"streams": 9}, {"write": 2}, {"n": 33}, {"iterations": 0, "scale": torch.zeros(1)}]),
     ("trained_norm", "beyond", [{"x_stride": 28}, {"n": HUGE // 2**23, "backward": 0}]),
     ("trained_norm", "", [{"n": 0}, {"dim": 0}, {"bf16": 2}, {"backward": 3}]),

@@ -15,7 +15,7 @@ from dsmini.measure.costs import cost_of
 from dsmini.nn.cache import Cache, Rows
 from dsmini.nn.compressed_attention import CompressedAttention
 from dsmini_kernels import Unserved, cpu
-from tests.helpers.decoding import CACHES, COMPRESSED, WEIGHTS, model_of
+from tests.helpers.decoding import CACHES, COMPRESSED, EXPERTS, WEIGHTS, model_of
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 from tests.kernels.conftest import assert_threads_change_no_bit
 
@@ -184,7 +184,7 @@ def test_a_bad_number_stays_visible(isa: str, bad: float) -> None:
         assert feed_forward_step(x[0], feed_forward)[0].isnan().all()
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", EXPERTS)
 @pytest.mark.parametrize("name", COMPRESSED)
 def test_feed_forward_agrees(isa: str, name: str, weights: str) -> None:
     model = model_of(name, weights)

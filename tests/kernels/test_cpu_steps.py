@@ -25,7 +25,7 @@ from dsmini_kernels import Unserved, cpu
 from dsmini_kernels.cpu import build, steps
 from dsmini_kernels.cpu.calls import span
 from dsmini_kernels.cpu.structs import LAYOUTS
-from tests.helpers.decoding import CACHES, GROUPED, MODELS, ROOM, SPARSE, WEIGHTS, filled, model_of, rows_of
+from tests.helpers.decoding import CACHES, EXPERTS, GROUPED, MODELS, ROOM, SPARSE, WEIGHTS, filled, model_of, rows_of
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 from tests.kernels.conftest import assert_threads_change_no_bit, dense, weight_in
 
@@ -103,7 +103,7 @@ def test_attention_agrees(isa: str, name: str, weights: str) -> None:
             assert all(torch.equal(store.data, data) for store, data in zip(stores, kept, strict=True))
 
 
-@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("weights", EXPERTS)
 @pytest.mark.parametrize("name", MODELS)
 def test_feed_forward_agrees(isa: str, name: str, weights: str) -> None:
     model = model_of(name, weights)
@@ -119,10 +119,11 @@ def test_feed_forward_agrees(isa: str, name: str, weights: str) -> None:
                 assert relative_error(got[2], want[2]) < STEP and relative_error(got[3], want[3]) < STEP
 
 
+@pytest.mark.parametrize("weights", ["fp8", "fp4"])
 @pytest.mark.parametrize("name", ["wide", "blocks", "dsa", "gqa, wide"])
-def test_codes_in_bf16_agree(isa: str, name: str) -> None:
+def test_codes_in_bf16_agree(isa: str, name: str, weights: str) -> None:
     """Products of codes in BF16, where the CPU has them, round what they multiply to BF16, and nothing else."""
-    model = model_of(name, "fp8")
+    model = model_of(name, weights)
 
     def halves(s: int, products: torch.dtype) -> list[Tensor]:
         torch.manual_seed(s)

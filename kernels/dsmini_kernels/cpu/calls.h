@@ -198,7 +198,8 @@ struct CompressedStep {
   BlockRows entries, keys;             // keys: of the indexer
 };
 struct CompressedWeights {
-  int64_t heads, width, rope, q_rank, groups, rank, window, ratio, series, rounded;  // rounded: rows as FP8 and FP4 have them
+  int64_t heads, width, rope, q_rank, groups, rank, window, ratio, series;
+  int64_t tile, key_tile;  // numbers of rows and of the indexer's that share a scale where they are rounded to FP8 and FP4; or 0
   Span<const float> norm, q_norm, kv_norm, sink;
   Matrix wq_a, wq_b, wkv, wo_a, wo_b;  // wo_a: [groups * rank, heads / groups * width]
   double scale, eps, q_eps, kv_eps, head_eps;

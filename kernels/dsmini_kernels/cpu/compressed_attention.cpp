@@ -111,24 +111,19 @@ void round_as(int64_t type, int64_t codes, int64_t tile, float* x, int64_t width
   encode_key(rows, x, width, reinterpret_cast<char*>(memory));
   decode_key(rows, reinterpret_cast<char*>(memory), width, x);
 }
-constexpr int64_t FP8_TILE = 64, FP4_TILE = 32;
 // An indexer's query or key, rotated and transformed.
 void turn(const CompressedAttentionCall& c, int64_t position, float* x, float* memory) {
   const int64_t n = c.key_compressor.numbers, angles = position * (c.rope / 2);
   rotate(x + n - c.rope, c.rope / 2, c.cos + angles, c.sin + angles);
   hadamard(x, n);
-  if (c.rounded) round_as(KEYS_FP4, n, least(FP4_TILE, n), x, n, memory);
+  if (c.key_tile) round_as(KEYS_FP4, n, least(c.key_tile, n), x, n, memory);
 }
 // A row of the window or an entry, rotated, in its place.
 void put_row(const CompressedAttentionCall& c, const KeyRows& rows, int64_t sequence, int64_t place, int64_t position, float* x,
              float* memory) {
   const int64_t angles = position * (c.rope / 2);
   rotate(x + c.width - c.rope, c.rope / 2, c.cos + angles, c.sin + angles);
-  if (c.rounded) {
-    const int64_t codes = c.width - c.rope;
-    encode_key({{}, KEYS_FP8, 1, 0, 0, codes, FP8_TILE}, x, codes, reinterpret_cast<char*>(memory));
-    decode_key({{}, KEYS_FP8, 1, 0, 0, codes, FP8_TILE}, reinterpret_cast<char*>(memory), codes, x);
-  }
+  if (c.tile) round_as(KEYS_FP8, c.width - c.rope, c.tile, x, c.width - c.rope, memory);
   encode_key(rows, x, c.width, rows.data + sequence * rows.batch + place * rows.row);
 }
 
@@ -320,14 +315,14 @@ bool fits(const CompressedAttentionCall& c, const CompressorWeights& w, const Bl
 
 int64_t check(const CompressedAttentionCall& c) {
   if (!sizes({c.b, c.s, c.dim, c.heads, c.width, c.rope, c.q_rank, c.groups, c.rank, c.window, c.ratio, c.index_heads, c.topk}) ||
-      !sizes({c.compressor.numbers, c.key_compressor.numbers, c.positions, c.entries.raw_places, c.keys.raw_places}))
+      !sizes({c.compressor.numbers, c.key_compressor.numbers, c.positions, c.entries.raw_places, c.keys.raw_places, c.tile, c.key_tile}))
     return BAD_SHAPE;
   if (c.b < 1 || c.s < 1 || c.b * c.s > MOST_TOKENS || c.dim < 1 || c.heads < 1 || c.heads > MOST_STACK || c.width < 1 ||
       c.width > MOST_WIDTH || c.rope % 2 != 0 || c.rope > c.width || c.q_rank < 1 || c.groups < 1 || c.heads % c.groups != 0 ||
       c.rank < 1 || c.window < 1 || c.latest.count < 1)
     return BAD_SHAPE;
   const int64_t keys = c.key_compressor.numbers;
-  if (c.series < 1 || c.series > 2 || c.bf16 < 0 || c.bf16 > 1 || c.added < 0 || c.added > 1 || c.rounded < 0 || c.rounded > 1 ||
+  if (c.series < 1 || c.series > 2 || c.bf16 < 0 || c.bf16 > 1 || c.added < 0 || c.added > 1 || c.key_tile % 2 ||
       c.compressor.numbers != (c.ratio ? c.width : 0) || (c.index_heads > 0) != (keys > 0) || (c.index_heads && !c.ratio))
     return BAD_CALL;
   if (c.index_heads && (c.topk < 1 || keys > MOST_WIDTH || keys < 2 || (keys & (keys - 1)) != 0 || c.index_heads > MOST_STACK ||

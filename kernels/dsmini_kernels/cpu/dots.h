@@ -25,7 +25,8 @@ using Constant = std::integral_constant<int, N>;
 constexpr int64_t UNIT = 2 * LANES, UNITS_OF_X = 2 * UNIT;
 constexpr int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 // Numbers of a row of x in the order of a weight: zeros follow the last, then what products must be multiplied by.
-inline int64_t padded(int64_t columns) { return round_up(columns, UNITS_OF_X) + LANES; }
+constexpr int64_t FOURS = 2 * BYTES;  // codes of four bits in a vector
+inline int64_t padded(int64_t columns) { return round_up(columns, FOURS) + LANES; }
 
 struct DecodeFp32 {
   static constexpr int64_t SIZE = 4, VECTORS = 2;
@@ -98,7 +99,116 @@ struct DecodeE4m3WithNan {
   }
 };
 
+inline uint16_t rounded_bf16(float x) {  // to nearest even
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// A scale in UE8M0. 255 is NaN.
+inline float power_of_two(uint8_t exponent) {
+  const int32_t bits = exponent == 0 ? 0x00400000 : exponent == 255 ? QUIET_NAN : int32_t{exponent} << 23;
+  return load<float>(&bits);
+}
+// Calls put(vector, place) along n numbers in E2M1, each times `scale`. Vectors come in pairs; zeros follow the last number.
+template <class Put>
+inline void each_of_fours(const char* codes, int64_t n, F scale, Put put) {
+  const auto number = [&](I code) { return (F)(((code & 7) << 22) | ((code & 8) << 28)) * splat(0x1p126f) * scale; };
+  for (int64_t i = 0; i < n; i += UNIT) {
+    B some{};
+    if (n - i >= UNIT) some = load<B>(codes + i / 2);
+    else memcpy(&some, codes + i / 2, (n - i + 1) / 2);
+    const I both = widen(some);
+    F numbers[2];
+    interleave(number(both & 15), number(both >> 4), numbers);
+    put(numbers[0], i), put(numbers[1], i + LANES);
+  }
+}
+
+// E2M1 numbers as BF16. A shuffle of 32 numbers looks at five bits.
+alignas(64) constexpr uint16_t BF16_OF_E2M1[] = {
+    0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0,
+    0, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, 0x8000, 0xBF00, 0xBF80, 0xBFC0, 0xC000, 0xC040, 0xC080, 0xC0C0};
+// FOURS codes in E2M1 at a time, looked up as FP32 numbers. Four lanes of all vectors have the numbers that share a scale.
+struct DecodeE2m1 {
+  static constexpr bool SCALED = true;
+  using Number = float;
+  static float rounded(float x) { return x; }
+  // The place of the number i among those of the vectors.
+  static constexpr int64_t place(int64_t i) {
+#if BYTES == 32
+    return (i % 2 * 4 + i / 16 % 2 * 2 + i / 2 % 2) * LANES + i / 32 * 4 + i % 16 / 4;
+#else
+    return i % 8 * LANES + i / 8;
+#endif
+  }
+  struct Numbers {
+    F of[8];
+  };
+  static void get(const char* p, Numbers& v) {
+#if BYTES == 64
+    const I codes = load<I>(p);
+    const __m512 table = (__m512)Bf16::get(BF16_OF_E2M1);
+    UNROLL for (int k = 0; k < 8; ++k) v.of[k] = (F)_mm512_permutexvar_ps((__m512i)((U)codes >> 4 * k), table);
+#elif BYTES == 32
+    // one table for the low bytes of BF16 numbers, and one for the high ones
+    const __m128i first = load<__m128i>(BF16_OF_E2M1), second = load<__m128i>(BF16_OF_E2M1 + 8), byte = _mm_set1_epi16(0xFF);
+    const __m256i low = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_and_si128(first, byte), _mm_and_si128(second, byte)));
+    const __m256i high = _mm256_broadcastsi128_si256(_mm_packus_epi16(_mm_srli_epi16(first, 8), _mm_srli_epi16(second, 8)));
+    const __m256i codes = load<__m256i>(p), four = _mm256_set1_epi8(15);
+    UNROLL for (int k = 0; k < 8; k += 4) {
+      const __m256i some = _mm256_and_si256(k ? _mm256_srli_epi16(codes, 4) : codes, four);
+      const __m256i lows = _mm256_shuffle_epi8(low, some), highs = _mm256_shuffle_epi8(high, some);
+      const I a = (I)_mm256_unpacklo_epi8(lows, highs), b = (I)_mm256_unpackhi_epi8(lows, highs);
+      v.of[k] = (F)(a << 16), v.of[k + 1] = (F)(a & HIGH_HALF), v.of[k + 2] = (F)(b << 16), v.of[k + 3] = (F)(b & HIGH_HALF);
+    }
+#else
+    const I codes = load<I>(p);
+    for (int k = 0; k < 8; ++k)
+      v.of[k] = (F)((((codes >> 4 * k) & 7) << 22) | (((codes >> 4 * k) & 8) << 28)) * splat(0x1p126f);
+#endif
+  }
+  static F multiply(const Numbers& v, const float* x) {
+    F sum = v.of[0] * load<F>(x);
+    UNROLL for (int k = 1; k < 8; ++k) sum += v.of[k] * load<F>(x + k * LANES);
+    return sum;
+  }
+};
+// The scales of FOURS numbers, each in four lanes. Infinity stands for NaN.
+inline F powers_of_two(const char* exponents) {
+#if BYTES == 16
+  const I exponent = splat(int32_t{uint8_t(*exponents)});
+#else
+  std::conditional_t<BYTES == 64, int32_t, int16_t> some;
+  memcpy(&some, exponents, sizeof some);
+  const __m128i fourfold = _mm_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  const __m128i spread = _mm_shuffle_epi8(_mm_cvtsi32_si128(some), fourfold);
+  const I exponent = widen(load<B>(&spread));
+#endif
+  return (F)larger(exponent << 23, splat(0x00400000));
+}
+
 #if BF16_UNITS
+// The same as BF16 numbers, whose products with pairs of x are sums of FP32. The instruction has a name here, so that code for
+// CPUs without it can have it in its templates.
+struct PairedE2m1 : DecodeE2m1 {
+  using Number = uint16_t;
+  static uint16_t rounded(float x) { return rounded_bf16(x); }
+  static constexpr int64_t place(int64_t i) { return i % 4 * 32 + i / 4; }
+  struct Numbers {
+    I of[4];
+  };
+  static void get(const char* p, Numbers& v) {
+    const __m512i codes = load<__m512i>(p), table = load<__m512i>(BF16_OF_E2M1);
+    UNROLL for (int k = 0; k < 4; ++k) v.of[k] = (I)_mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * k), table);
+  }
+  static F multiply(const Numbers& v, const uint16_t* x) {
+    F sum{};
+    UNROLL for (int k = 0; k < 4; ++k) asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(v.of[k]), "vm"(load<I>(x + 32 * k)));
+    return sum;
+  }
+};
+
 // E4M3 numbers as BF16, looked up by their code without the sign, NaN too: 64 codes at a time, in pairs with those of x in
 // BF16, for CPUs that multiply those. A dot product alone reads them so.
 struct PairedE4m3 : DecodeE4m3 {
@@ -125,6 +235,15 @@ inline void with_decoder(int64_t type, Body body) {
   }
 }
 
+// The same for codes of four bits.
+template <class Body>
+inline void with_fours([[maybe_unused]] int64_t type, Body body) {
+#if BF16_UNITS
+  if (type == WEIGHT_E2M1_BF16 && multiplies_pairs()) return body(PairedE2m1());
+#endif
+  body(DecodeE2m1());
+}
+
 // The bits of the largest magnitude of n numbers. NaN is above infinity.
 inline int32_t largest_magnitude(const float* x, int64_t n) {
   int32_t top = 0;
@@ -143,11 +262,6 @@ inline float factor_for(const float* x, int64_t n) {
   return load<float>(&bits);
 }
 
-inline uint16_t rounded_bf16(float x) {  // to nearest even
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  return x != x ? 0x7FC0 : uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
 
 #if BF16_UNITS
 // The place of code i of PairedE4m3::CODES among the numbers that are looked up: each 16 codes give 8 to one vector, and 8
@@ -178,10 +292,20 @@ inline void spread(const float* x, int64_t columns, float factor, float* out) {
   memset(out + i, 0, (round_up(columns, UNITS_OF_X) - i) * 4);
 }
 
+// Copies x in the order of codes of four bits. Zeros follow.
+template <class W>
+inline void arrange_fours(const float* x, int64_t columns, float* out) {
+  auto* to = reinterpret_cast<typename W::Number*>(out);
+  const int64_t all = round_up(columns, FOURS);
+  if (all > columns) memset(to + all - FOURS, 0, FOURS * sizeof *to);
+  for (int64_t i = 0; i < columns; ++i) to[i / FOURS * FOURS + W::place(i % FOURS)] = W::rounded(x[i]);
+}
+
 // Copies x in the order of a weight of that type: padded(columns) numbers.
 inline void arrange(const float* x, int64_t columns, int64_t type, float* out) {
   float* last = out + round_up(columns, UNITS_OF_X);
   *last = 1.0f;
+  if (type >= WEIGHT_E2M1) return with_fours(type, [&](auto decoder) { arrange_fours<decltype(decoder)>(x, columns, out); });
   if (type == WEIGHT_FP32) return spread<1>(x, columns, 1.0f, out);
   if (type == WEIGHT_BF16) return spread<2>(x, columns, 1.0f, out);
 #if BF16_UNITS

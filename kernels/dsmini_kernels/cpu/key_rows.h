@@ -11,11 +11,6 @@
 
 namespace {
 
-inline float power_of_two(uint8_t exponent) {
-  const int32_t bits = exponent == 0 ? 0x00400000 : exponent == 255 ? QUIET_NAN : int32_t{exponent} << 23;
-  return load<float>(&bits);
-}
-
 // Calls put(vector, place, count) along a row of `width` numbers. The last vectors of tiles may have fewer than LANES.
 template <class Put>
 inline void each_of_row(const KeyRows& rows, const char* p, int64_t width, Put put) {
@@ -33,17 +28,7 @@ inline void each_of_row(const KeyRows& rows, const char* p, int64_t width, Put p
     const int64_t n = least(rows.tile, rows.codes - at);
     const F scale = splat(power_of_two(scales[tile]));
     if (fp4) {
-      for (int64_t i = 0; i < n; i += 2 * LANES) {
-        B some{};
-        const char* from = p + (at + i) / 2;
-        if (n - i >= 2 * LANES) some = load<B>(from);
-        else memcpy(&some, from, (n - i) / 2);
-        const I both = widen(some);
-        const auto value = [&](I code) { return (F)(((code & 7) << 22) | ((code & 8) << 28)) * splat(0x1p126f) * scale; };
-        F numbers[2];
-        interleave(value(both & 15), value(both >> 4), numbers);
-        put_some(numbers[0], at + i, n - i), put_some(numbers[1], at + i + LANES, n - i - LANES);
-      }
+      each_of_fours(p + at / 2, n, scale, [&](F v, int64_t i) { put_some(v, at + i, n - i); });
     } else {
       Watch<DecodeE4m3> unused;
       along_units<DecodeE4m3>(p + at, n, unused, [&](int64_t i, const F(&v)[2]) {

@@ -93,7 +93,7 @@ bool linear(const LinearCall& c) { return c.n < FEW ? few_rows(c) : many_rows(c)
 int64_t check(const LinearCall& c) {
   if (!sizes({c.n, c.w.rows, c.w.columns}) || c.n < 1 || c.bf16 < 0 || c.bf16 > 1) return BAD_SHAPE;
   const int64_t size = c.bf16 ? 2 : 4;
-  if (!c.w.fits(c.w.rows, c.w.columns) || !within(c.x, size, c.n, c.w.columns) ||
+  if (!c.w.fits_stack(1, c.w.rows, c.w.columns) || !within(c.x, size, c.n, c.w.columns) ||
       !within(c.y, size, c.n, c.w.rows))
     return OUT_OF_BOUNDS;
   return FINE;

@@ -126,16 +126,23 @@ __attribute__((target("avx512bf16"))) inline bool bf16_of_codes(const Matrix& w,
 
 template <class Words>
 void convert(const Matrix& w, int64_t row, char* out) {
-#if BF16_UNITS
-  if constexpr (std::is_same_v<Words, Bf16Words>)
-    if (w.codes() && bf16_of_codes(w, row, out)) return;
-#endif
   const auto put = [&](F v, int64_t i) {
     if constexpr (Words::SIZE == 4)
       store(out + 4 * i, v);
     else
       store(out + 2 * i, Bf16::put(v != v ? (F)splat(QUIET_NAN) : v, false));
   };
+  if (w.fours()) {
+    for (int64_t at = 0; at < w.columns; at += FOUR_BLOCK) {
+      const F scale = splat(power_of_two(w.exponents_of(row)[at / FOUR_BLOCK]));
+      each_of_fours(w.row(row) + at / 2, least(FOUR_BLOCK, w.columns - at), scale, [&](F v, int64_t i) { put(v, at + i); });
+    }
+    return;
+  }
+#if BF16_UNITS
+  if constexpr (std::is_same_v<Words, Bf16Words>)
+    if (w.codes() && bf16_of_codes(w, row, out)) return;
+#endif
   const auto along = [&](auto decoder, auto scale_at) {
     using Decoder = decltype(decoder);
     Watch<Decoder> nothing;

@@ -70,6 +70,39 @@ __attribute__((target("avx512bf16,avx512vbmi"), noinline)) void paired_dots(cons
 }
 #endif
 
+// The same of codes of four bits. A sum of FOURS products has four lanes for each scale.
+template <class W, int R, int N>
+inline void dots_of_fours(const Matrix& w, int64_t row, const float* x, int64_t stride, float* out) {
+  const int64_t group = R * w.stride, ahead = group * (AHEAD > group ? AHEAD / group : 1);
+  F total[R][N] = {};
+  const auto add = [&](int r, int64_t at, const char* codes, const char* exponents) __attribute__((always_inline)) {
+    typename W::Numbers v;
+    W::get(codes, v);
+    const F scale = powers_of_two(exponents);
+    UNROLL for (int n = 0; n < N; ++n)
+      total[r][n] += W::multiply(v, reinterpret_cast<const typename W::Number*>(x + n * stride) + at) * scale;
+  };
+  int64_t at = 0;
+  for (; at + FOURS <= w.columns; at += FOURS) {
+    UNROLL for (int r = 0; r < R; ++r) {
+      const char* codes = w.row(row + r) + at / 2;
+      __builtin_prefetch(codes + (R > 1 ? ahead : NEAR));
+      add(r, at, codes, w.exponents_of(row + r) + at / FOUR_BLOCK);
+    }
+  }
+  for (int r = 0; at < w.columns && r < R; ++r) {
+    char codes[BYTES] = {}, exponents[FOURS / FOUR_BLOCK] = {};
+    memcpy(codes, w.row(row + r) + at / 2, divide_up(w.columns - at, 2));
+    memcpy(exponents, w.exponents_of(row + r) + at / FOUR_BLOCK, divide_up(w.columns - at, FOUR_BLOCK));
+    add(r, at, codes, exponents);
+  }
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int n = 0; n < N; ++n) {
+    const float all = out[r * N + n] = sum(total[r][n]);
+    const bool finite = all - all == 0;
+    if (!finite && memchr(w.exponents_of(row + r), 0xFF, divide_up(w.columns, FOUR_BLOCK)) != nullptr) out[r * N + n] = NAN;
+  }
+}
+
 // R rows of the weight from `row` on, times N rows of x (arranged, `stride` numbers apart): out[r * N + n].
 template <class W, int R, int N>
 inline void dots(const Matrix& w, int64_t row, const float* x, int64_t stride, float* out) {
@@ -198,19 +231,26 @@ inline float dot(const Matrix& w, int64_t row, const float* x) {
 template <class W, class Put>
 void products(const Matrix& w, int64_t from, int64_t to, const float* x, int64_t stride, int64_t n, Put put) {
   using Dots = std::conditional_t<std::is_same_v<W, DecodeE4m3>, QuarteredE4m3, W>;
+  constexpr bool FOUR_BITS = std::is_base_of_v<DecodeE2m1, W>;
   constexpr int R = 4;
   float out[R * 4];
+  const auto several = [&](auto of_w, auto of_x, int64_t row, const float* rows) {
+    if constexpr (FOUR_BITS)
+      dots_of_fours<W, decltype(of_w)::value, decltype(of_x)::value>(w, row, rows, stride, out);
+    else
+      dots<Dots, decltype(of_w)::value, decltype(of_x)::value>(w, row, rows, stride, out);
+  };
   const auto some = [&](auto count, int64_t at) {
     constexpr int N = decltype(count)::value;
     const float* rows = x + at * stride;
     int64_t i = from;
     for (; i + R <= to; i += R) {
-      dots<Dots, R, N>(w, i, rows, stride, out);
+      several(Constant<R>(), count, i, rows);
       for (int r = 0; r < R; ++r)
         for (int k = 0; k < N; ++k) put(i + r, at + k, out[r * N + k]);
     }
     for (; i < to; ++i) {
-      dots<Dots, 1, N>(w, i, rows, stride, out);
+      several(Constant<1>(), count, i, rows);
       for (int k = 0; k < N; ++k) put(i, at + k, out[k]);
     }
   };
@@ -222,7 +262,9 @@ void products(const Matrix& w, int64_t from, int64_t to, const float* x, int64_t
   if (W::SCALED && w.columns <= SHORT) return some(Constant<1>(), at);
   // one row of x: long rows that are read one after the other, and somewhat ahead, come from memory faster than four at a time
   for (int64_t i = from; i < to; ++i) {
-    if constexpr (W::SCALED)
+    if constexpr (FOUR_BITS)
+      several(Constant<1>(), Constant<1>(), i, x + at * stride), put(i, at, out[0]);
+    else if constexpr (W::SCALED)
       put(i, at, scaled_dot<Dots>(w, i, x + at * stride));
     else
       put(i, at, dot<W>(w, i, x + at * stride));
@@ -281,12 +323,15 @@ void sums_of_rows(const Matrix& w, int64_t from, int64_t count, const float* fac
 
 void product(const Matrix& w, int64_t from, int64_t to, const float* x, int64_t stride, int64_t n, float* out,
              int64_t out_stride, const float* added) {
-  with_decoder(w.type, [&](auto decoder) {
-    products<decltype(decoder)>(w, from, to, x, stride, n, [&](int64_t row, int64_t token, float value) {
-      const int64_t at = token * out_stride + row - from;
-      out[at] = added == nullptr ? value : added[at] + value;
-    });
-  });
+  const auto put = [&](int64_t row, int64_t token, float value) {
+    const int64_t at = token * out_stride + row - from;
+    out[at] = added == nullptr ? value : added[at] + value;
+  };
+  const auto run = [&](auto decoder) { products<decltype(decoder)>(w, from, to, x, stride, n, put); };
+  if (w.fours())
+    with_fours(w.type, run);
+  else
+    with_decoder(w.type, run);
 }
 
 void weighted_rows(const Matrix& w, int64_t from, int64_t count, const float* factors, int64_t apart, int64_t n, int64_t first,

@@ -1,6 +1,7 @@
 """Products, and the two halves of a block in a decoding step: checks, and the calls of the C++.
 
-A weight is a tensor in FP32 or BF16, or E4M3 codes with FP32 scales of 128x128 blocks. It is read where it lies.
+A weight is a tensor in FP32 or BF16, or E4M3 codes with FP32 scales of 128x128 blocks, or E2M1 codes with a scale of a
+byte for each 32 of a row. It is read where it lies.
 """
 
 import functools
@@ -28,7 +29,7 @@ product without BF16 units."""
 NUMBER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 """Types of weights, of rows of a cache and of keys."""
 CACHE_TYPES = NUMBER_TYPES | {torch.uint8: 2}
-CODE_TYPES = {("e4m3", (128, 128), torch.float32): 2}
+CODE_TYPES = {("e4m3", (128, 128), torch.float32): 2, ("e2m1", (1, 32), torch.float8_e8m0fnu): 4}
 """Types of weights in codes, by their format, tile and dtype of scales. The next number is that of codes whose products
 are in BF16."""
 FP8_KEYS, FP4_KEYS = 2, 3
@@ -353,6 +354,7 @@ def _indexer_weights(weights: Any, indexer: Any, w: dict[str, Any]) -> bytes:
 
 def _compressed_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
     index = layer.indexer
+    tile, key_tile = weights.tiles if layer.qat else (0, 0)
     return LAYOUTS["CompressedWeights"].pack(
         heads=layer.n_heads,
         width=layer.head_dim,
@@ -363,7 +365,8 @@ def _compressed_weights(weights: Any, layer: Any, w: dict[str, Any]) -> bytes:
         window=layer.window_size,
         ratio=layer.m,
         series=1 if layer.compressor is None else layer.compressor.series,
-        rounded=layer.qat,
+        tile=tile,
+        key_tile=key_tile,
         **{name: vector(w[name]) for name in ("norm", "q_norm", "kv_norm")},
         sink=vector(w["attn_sink"]),
         **{name: matrix(w[name], weights.dtype) for name in ("wq_a", "wq_b", "wkv", "wo_a", "wo_b")},

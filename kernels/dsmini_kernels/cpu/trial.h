@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t NUMBER_BYTES[] = {4, 2, 1, 1};  // of a weight's types and of a cache's
+constexpr int64_t NUMBER_BYTES[] = {4, 2, 1, 1};  // of types of a cache, and of a weight but those of four bits
 
 // Bytes of any type.
 struct Lent {
@@ -37,8 +37,10 @@ class Memory {
     return {data, size};
   }
   Matrix matrix(int64_t rows, int64_t columns, int64_t type, int64_t count = 1) {
-    const int64_t stride = columns * NUMBER_BYTES[type], blocks = count * divide_up(rows, BLOCK) * divide_up(columns, BLOCK);
-    return {bytes(count * rows * stride), type, count * rows, columns, stride, bytes(type >= WEIGHT_E4M3 ? 4 * blocks : 0)};
+    const int64_t stride = type < WEIGHT_E2M1 ? columns * NUMBER_BYTES[type] : divide_up(columns, 2);
+    Matrix made{bytes(count * rows * stride), type, count * rows, columns, stride, {}};
+    made.scales = bytes(count * made.scale_bytes(rows));
+    return made;
   }
   // Experts of token-expert pairs: most pairs have the first, an odd number the last, and none the one before.
   Lent chosen(int64_t pairs, int64_t experts) {

@@ -109,7 +109,7 @@ void try_compressed_attention(Trial& trial, int64_t b, int64_t s, int64_t weight
     static_cast<int64_t*>(starts.data)[i] = ROOM - s - 40 * i, static_cast<int64_t*>(counts.data)[i] = s > i ? s - i : 1;
   c.starts = starts, c.counts = counts;
   c.heads = heads, c.width = width, c.rope = rope, c.q_rank = q_rank, c.groups = 2, c.rank = rank, c.window = 50;
-  c.ratio = ratio, c.series = series, c.rounded = type == KEYS_FP8, c.scale = 0.1, c.eps = c.q_eps = c.kv_eps = c.head_eps = 1e-6;
+  c.ratio = ratio, c.series = series, c.tile = type == KEYS_FP8 ? 64 : 0, c.key_tile = c.tile / 2, c.scale = 0.1, c.eps = c.q_eps = c.kv_eps = c.head_eps = 1e-6;
   c.norm = memory.bytes(DIM * 4), c.q_norm = memory.bytes(q_rank * 4), c.kv_norm = memory.bytes(width * 4), c.sink = memory.bytes(heads * 4);
   c.wq_a = memory.matrix(q_rank, DIM, weight), c.wq_b = memory.matrix(heads * width, q_rank, weight);
   c.wkv = memory.matrix(width, DIM, weight), c.wo_a = memory.matrix(2 * rank, heads / 2 * width, weight);
@@ -129,7 +129,7 @@ void try_compressed_attention(Trial& trial, int64_t b, int64_t s, int64_t weight
 }
 
 void try_feed_forward(Trial& trial, int64_t n, int64_t type, int64_t experts) {
-  const int64_t inter = experts && n == 2 ? 0 : 131, f = experts ? 19 : 0, k = experts ? 3 : 0;
+  const int64_t inter = experts && n == 2 ? 0 : 131, f = experts ? 19 : 0, k = experts ? 3 : 0, shared = type < WEIGHT_E2M1 ? type : WEIGHT_E4M3;
   Memory memory;
   FeedForwardCall c{};
   c.threads = 1, c.n = n, c.dim = DIM, c.inter = inter, c.experts = experts, c.expert_inter = f, c.k = k;
@@ -138,7 +138,7 @@ void try_feed_forward(Trial& trial, int64_t n, int64_t type, int64_t experts) {
   c.gate = memory.bytes(experts * DIM * 4), c.bias = memory.bytes(experts * 4);
   c.indices = memory.bytes(n * k * 8), c.weights = memory.bytes(n * k * 4);
   c.scores = memory.bytes(n * experts * 4), c.counts = memory.bytes(experts * 8);
-  if (inter) c.w1 = memory.matrix(inter, DIM, type), c.w2 = memory.matrix(DIM, inter, type), c.w3 = memory.matrix(inter, DIM, type);
+  if (inter) c.w1 = memory.matrix(inter, DIM, shared), c.w2 = memory.matrix(DIM, inter, shared), c.w3 = memory.matrix(inter, DIM, shared);
   if (experts && n == 7) {
     c.vocabulary = 2, c.tokens = memory.bytes(n * 8);
     c.table = memory.bytes(2 * k * 4);
@@ -171,6 +171,7 @@ const char* dsmini_try() {
       for (const int64_t bf16 : {0, 1}) try_linear(trial, n, type, bf16), try_linear(trial, 40 * n, type, bf16);
       for (const int64_t experts : {0, 6}) try_feed_forward(trial, n, type, experts);
     }
+    if (type >= WEIGHT_E2M1) continue;  // of experts and linear alone
     for (const auto& [b, s] : TOKENS) {
       for (const int64_t cache : {0, 1, 2})
         for (const int64_t q_rank : {0, 19})
