@@ -2,8 +2,8 @@
 
 Our names are those of DeepSeek's inference code with two differences: the experts of a layer are stacked into one
 tensor, and the multi-token prediction blocks are mtp.0, mtp.1, ... (in a folder they follow the last layer as layers N,
-N+1, ...). Hugging Face's names are in names.toml, which no other file reads. A folder of V4 has the names of its
-inference code.
+N+1, ...). Hugging Face's names, and those of dtypes, are in names.toml, which no other file reads. A folder of V4 has
+the names of its inference code.
 
 The safetensors library reads and checks them. Nothing else is opened: a pickle can run code when it is read. Files are
 written here, because the library wants all tensors of a file at once, and several processes write rows of one file.
@@ -39,7 +39,7 @@ from dsmini.reading import (
     readable,
 )
 
-_HUGGING_FACE, _V4_PARTS, _V4_RULES = read_toml(Path(__file__).with_name("names.toml")).values()
+_HUGGING_FACE, _V4_PARTS, _V4_RULES, _DTYPES = read_toml(Path(__file__).with_name("names.toml")).values()
 # parts that have the same name there, and the modules outside attention and feed-forward
 _SAME = {*("weight", "bias", "gate", "experts", "shared_experts"), *("enorm", "hnorm", "eh_proj")}
 _TOP = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -153,21 +153,7 @@ def _unknown(name: str) -> ValueError:
 # --- reading
 
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype) for name, dtype in _DTYPES.items()}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ONE_FILE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
