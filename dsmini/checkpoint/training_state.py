@@ -83,11 +83,6 @@ def checkpoint_folder(config: RunConfig, step: int) -> Path:
     return config.out / "checkpoints" / f"step-{step:06d}"
 
 
-def state_texts(config: RunConfig, state: RunState) -> dict[str, str]:
-    """Return the texts of a checkpoint by the names of their files."""
-    return {"config.toml": config.to_toml(), "state.json": as_json(dataclasses.asdict(state))}
-
-
 def prune(config: RunConfig, state: RunState, before: int | None) -> None:
     """Remove all checkpoints but the newest train.keep up to one of this state.
 

@@ -16,16 +16,16 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from dsmini.atomic import finish_folder, partial_folder, remove_leftovers, sync
+from dsmini.atomic import as_json, finish_folder, partial_folder, remove_leftovers, sync
 from dsmini.checkpoint.tensor_files import Entry, begin_safetensors, bytes_of, write_at
-from dsmini.checkpoint.training_state import RunState, Tensors, checkpoint_folder, prune, state_texts, write_manifest
+from dsmini.checkpoint.training_state import RunState, Tensors, checkpoint_folder, prune, write_manifest
 from dsmini.config import RunConfig
 from dsmini.distributed.heartbeat import SAVING
 from dsmini.distributed.meeting import told
@@ -191,8 +191,8 @@ class Saver:
         try:
             # the lines before the state's own must not be lost after it, and a file that is gone must not fail the save
             world.first(lambda: metrics.exists() and sync(metrics))
-            texts, metadata = state_texts(config, state), {"step": str(state.step)}
-            save_pieces(world, checkpoint_folder(config, state.step), held, texts, metadata)
+            texts = {"config.toml": config.to_toml(), "state.json": as_json(asdict(state))}
+            save_pieces(world, checkpoint_folder(config, state.step), held, texts, {"step": str(state.step)})
         except OSError as error:
             kept = self.saved_at is not None and checkpoint_folder(config, self.saved_at).is_dir()
             there = f"step {self.saved_at} is still there" if kept else "no earlier one is there"
