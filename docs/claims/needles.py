@@ -1,33 +1,29 @@
 """Write a text of needles: python docs/claims/needles.py [FILE]        needles.txt without a name
 
-A table gives each letter three digits, "k=527". It is written ROUNDS times, and each time the letters come in another
-order, in groups that stay where they are: so a record comes again 138 to 174 bytes later, and its place alone does not
-say which of a group it is. Only who finds the letter in the round before knows its digits. Then another table begins.
+A table gives each of 31 keys one of two signs that no other key has. A line is a whole table, two bytes a record; it
+is written ROUNDS times: so a record comes again 66 bytes later, and only who looks back so far knows its sign. Then
+another table begins. Keys have one order, so the loss is about signs alone: ln 2 for each that is not found.
 """
 
 import random
-import string
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-LETTERS, GROUP, ROUNDS, TABLES = string.ascii_lowercase, 4, 8, 3200
+SYMBOLS = "".join(map(chr, range(33, 126)))
+KEYS, SIGNS = SYMBOLS[:31], (SYMBOLS[31:62], SYMBOLS[62:])
+LINE, ROUNDS, TABLES = 66, 16, 3800
 
 
-def records(chance: random.Random) -> Iterator[str]:
-    """Yield the lines of a table."""
-    digits = {letter: f"{chance.randrange(1000):03}" for letter in LETTERS}
-    order = chance.sample(LETTERS, len(LETTERS))
-    groups = [order[i : i + GROUP] for i in range(0, len(order), GROUP)]
-    for _ in range(ROUNDS):
-        for group in groups:
-            yield from (f"{letter}={digits[letter]}\n" for letter in chance.sample(group, len(group)))
+def table(chance: random.Random) -> str:
+    """Return the lines of a table."""
+    records = [key + chance.choice(signs) for key, *signs in zip(KEYS, *SIGNS, strict=True)]
+    return ROUNDS * ("".join(records).ljust(LINE - 1) + "\n")
 
 
 def text(tables: int, seed: int = 0) -> str:
     """Return this many tables; one seed gives one text."""
     chance = random.Random(seed)
-    return "".join(line for _ in range(tables) for line in records(chance))
+    return "".join(table(chance) for _ in range(tables))
 
 
 if __name__ == "__main__":
