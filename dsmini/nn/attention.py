@@ -37,7 +37,7 @@ class Context:
     """The layer's part of a cache. The new tokens are appended to it and attend to all its rows."""
     experts: Int[Tensor, "b s k"] | None = None
     """Experts of the new tokens that the layer's gate gets imposed, -1 where it chooses; None: it chooses all."""
-    keys: Int[Tensor, "b s k"] | None = None
+    keys: Int[Tensor, "b s topk"] | None = None
     """Keys of the new tokens that the layer's indexer gets imposed, in a row of -1 it chooses; None: it chooses all."""
     chosen: list[Any] | None = None
     """Gets the keys [b, s, k] of each layer with an indexer, or None of one that reads all; None: they are not kept."""

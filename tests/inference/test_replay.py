@@ -83,6 +83,19 @@ def test_guesses_that_are_rejected_leave_no_trace() -> None:
         assert torch.equal(a, b)
 
 
+def test_a_replay_reaches_no_other_model_and_no_later_call() -> None:
+    """As that of a teacher, whose gates and indexers choose for themselves."""
+    student, teacher = (model_of(**GLM | {"n_mtp_layers": 0}).eval() for _ in range(2))
+    disturbed(teacher)
+    out = generate(student, PROMPTS, 12, routing=True)
+    x, y = out.tokens[:, :-1], out.tokens[:, 1:]
+    before = [model.losses(x, y) for model in (student, teacher)]
+    imposed = [layer.where(layer < 0, (layer + 1) % 8) for layer in out.routing or ()]
+    assert not torch.equal(student.losses(x, y, routing=imposed, keys=out.keys).main, before[0].main)
+    for model, want in zip((teacher, student), reversed(before), strict=True):
+        assert torch.equal(model.losses(x, y).main, want.main)
+
+
 def test_a_replay_of_another_shape_is_refused() -> None:
     model = model_of().eval()
     tokens, routing = recorded(model)

@@ -15,7 +15,8 @@ from dsmini.nn.engram import Engram, multipliers
 from dsmini.training.optim import Muon
 from tests.conftest import SMALL, randomise
 from tests.helpers.configs import DSA, ENGRAM, V4_MODEL
-from tests.helpers.tolerances import relative_error
+from tests.helpers.models import decoded
+from tests.helpers.tolerances import FP32_MODEL, relative_error
 from tests.training.test_optim import movers
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -106,6 +107,28 @@ def test_read_is_what_the_equations_say(case: str) -> None:
         assert relative_error(got[row], want) < 1e-12
 
 
+@CASES
+def test_attention_reads_what_was_looked_up(case: str) -> None:
+    """A block is its Engram, then the block without one."""
+    model = model_of(case)
+    block: Any = model.layers[1]
+    tokens = tokens_of(model, 2, 23)
+    context = Context(positions=torch.arange(23)[None], tokens=tokens)
+    x, _ = model.layers[0](model.expand(model.embedded(tokens)), context)
+    got, engram = block(x, context)[0], block.engram
+    block.engram = None
+    assert torch.equal(block(engram(x, context)[0], context)[0], got)
+
+
+def test_a_state_has_the_hash() -> None:
+    """A model that gets it has other compressed ids before."""
+    model = model_of("V3")
+    again = Transformer(model.config)
+    again.load_state_dict(model.state_dict())
+    tokens = tokens_of(model, 2, 23)
+    assert torch.equal(again.eval()(tokens), model(tokens))
+
+
 # --- caches
 
 
@@ -115,6 +138,29 @@ def test_cache_takes_back_no_more_than_it_remembers() -> None:
     model(tokens_of(model, 1, SLACK + 9), cache)
     with pytest.raises(ValueError, match=f"can take back {SLACK}"):
         cache.truncate(8)
+
+
+@CASES
+def test_what_it_takes_back_is_read_again_as_in_one_pass(case: str) -> None:
+    """It takes back all that it can. Its rings then hold no more than the next token looks back to."""
+    model = model_of(case, max_seq_len=96)
+    tokens, cache = tokens_of(model, 2, 80), model.new_cache(2, 96)
+    model(tokens, cache)
+    cache.truncate(80 - SLACK)
+    assert relative_error(model(tokens[:, -SLACK:], cache), model(tokens)[:, -SLACK:]) < FP32_MODEL
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "fp8"])
+def test_a_cache_of_low_precision_has_every_id(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """257 is no number of BF16."""
+    model, rows = model_of("V3", vocab_size=3000), list[Tensor]()
+    real = Engram.hashed
+    monkeypatch.setattr(Engram, "hashed", lambda *args: (rows.append(real(*args)), rows[-1])[1])
+    tokens = tokens_of(model, 2, 12)
+    model(tokens)
+    decoded(model, tokens, 3, 12, dtype)
+    whole, *parts = rows[::2]  # of the first of two layers
+    assert torch.equal(torch.cat(parts, 1), whole)
 
 
 @CASES

@@ -39,12 +39,15 @@ def test_starts_as_a_pre_norm_residual(n: int, kind: str) -> None:
 
 @pytest.mark.parametrize(("kind", "scales"), [("sinkhorn", 3), ("identity", 2)])
 def test_streams_part_as_they_learn(kind: str, scales: int) -> None:
-    """The gradients of pre differ between a home and the others, and those of fn are not zero."""
+    """The gradients of pre differ between a home and the others, those of fn are not zero, and comb mixes a little."""
     connection = CONNECTIONS[kind](M, N, home=2)
     assert connection.base[:N].argmax() == 2
     assert connection.scale.tolist() == pytest.approx([0.01] * scales), "mHC, table 5"
     streams = torch.randn(B, S, N, M)
     read, mix = connection.read(streams)
+    if mix.comb is not None:
+        kept = mix.comb.diagonal(dim1=-2, dim2=-1)
+        assert 0.9 < kept.min() and kept.max() < 0.998, "a softmax nearer to 1 hardly has a gradient"
     connection.write(streams, read.tanh(), mix).square().sum().backward()
     grads = connection.base.grad
     assert grads is not None and connection.fn.grad is not None and connection.fn.grad.abs().max() > 0

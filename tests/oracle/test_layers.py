@@ -1,45 +1,64 @@
-"""Layers next to transformers' of other models: streams of Hunyuan V4, which are not mixed, and Engram of Qwen4."""
+"""Layers next to transformers': streams of V4, which are mixed, and of Hunyuan V4, and Engram of Qwen4."""
 
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HyperConnection, DeepseekV4HyperHead
 from transformers.models.hy_v4 import HYV4Config
 from transformers.models.hy_v4.modeling_hy_v4 import HYV4HyperConnection, HYV4HyperHead
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextPLELayer
 
+from dsmini import ops
 from dsmini.nn import Context
 from dsmini.nn.engram import Engram
-from dsmini.nn.hyper_connections import IdentityConnection, StreamHead, expand
+from dsmini.nn.hyper_connections import StreamHead, expand
+from dsmini.nn.residual import CONNECTIONS
 from tests.conftest import SMALL
 from tests.helpers.tolerances import relative_error
 
 M = 24
+THEIRS: dict[str, tuple[Any, Any, Any]] = {
+    "sinkhorn": (DeepseekV4Config, DeepseekV4HyperConnection, DeepseekV4HyperHead),
+    "identity": (HYV4Config, HYV4HyperConnection, HYV4HyperHead),
+}
 
 
+def written(streams: Tensor, output: Tensor, post: Tensor, comb: Tensor | None = None) -> Tensor:
+    """Return the new streams as transformers' decoder layers make them."""
+    return post.unsqueeze(-1) * output.unsqueeze(-2) + (streams if comb is None else comb.mT @ streams)
+
+
+@pytest.mark.parametrize("backend", ["reference", "eager"])
+@pytest.mark.parametrize("kind", THEIRS)
 @pytest.mark.parametrize("n", [2, 4, 5])
-def test_streams_of_hunyuan_v4_and_gradients(n: int) -> None:
-    """Three sublayers and the end, with every eps large, to show its place, in one state and its gradients."""
-    config: Any = HYV4Config(hidden_size=M, hc_mult=n, hc_eps=1e-2, rms_norm_eps=1e-1)
+def test_streams_and_gradients(n: int, kind: str, backend: Any) -> None:
+    """Three sublayers and the end, with every eps large and few divisions, to show their places, in one state."""
+    config_class, connection, their_end = THEIRS[kind]
+    config: Any = config_class(hidden_size=M, hc_mult=n, hc_eps=1e-2, rms_norm_eps=1e-1, hc_sinkhorn_iters=2)
     sizes: dict[str, Any] = {"eps": config.hc_eps, "norm_eps": config.rms_norm_eps}
-    pairs = [(IdentityConnection(M, n, **sizes), HYV4HyperConnection(config)) for _ in range(3)]
-    head, their_head = StreamHead(M, n, **sizes), HYV4HyperHead(config)
+    pairs = [(CONNECTIONS[kind](M, n, sinkhorn_iters=2, **sizes), connection(config)) for _ in range(3)]
+    head, their_head = StreamHead(M, n, **sizes), their_end(config)
     for mine, theirs in [*pairs, (head, their_head)]:
         for name, p in mine.named_parameters():
             p.data.normal_()
             getattr(theirs, name if hasattr(theirs, name) else f"hc_{name}").data.copy_(p)
     x = torch.randn(2, 7, M)
-    streams = theirs_streams = expand(x, n)
+    streams = theirs_streams = expand(x, n).contiguous()
     for mine, theirs in pairs:
-        read, mix = mine.read(streams)
-        streams = mine.write(streams, F.silu(read), mix)
-        post, their_read = theirs(theirs_streams)
-        theirs_streams = post.unsqueeze(-1) * F.silu(their_read).unsqueeze(-2) + theirs_streams  # its decoder layer
+        with ops.use(backend):
+            read, mix = mine.read(streams)
+            streams = mine.write(streams, F.silu(read), mix)
+        *weights, their_read = theirs(theirs_streams)
+        theirs_streams = written(theirs_streams, F.silu(their_read), *weights)
         assert relative_error(read, their_read) < 1e-5
     assert relative_error(streams, theirs_streams) < 1e-5
-    got, want = head.collapse(streams), their_head(theirs_streams)
+    with ops.use(backend):
+        got, want = head.collapse(streams), their_head(theirs_streams)
     assert relative_error(got, want) < 1e-5
     direction = torch.randn_like(want)
     (got * direction).sum().backward()
