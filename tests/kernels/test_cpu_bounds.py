@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -91,80 +92,27 @@ def compressor(width: int, **changes: Any) -> bytes:
 
 
 LATEST = torch.zeros(2, 4, 8)
+CALLS_OF: dict[str, Any] = tomllib.loads(Path(__file__).with_name("calls.toml").read_text())
 VALID: dict[str, dict[str, Any]] = {
-    "tiles": {
-        **{"operation": 2, "threads": 1, "in_type": 0, "out_type": 0, "format": 0, "powers_of_two": 0},
-        **{"batch": 1, "rows": 4, "columns": 128, "tile_rows": 1, "tile_columns": 128, "x": X, "out": X.clone()},
-        **{"batch_stride": 0, "row_stride": 128, "scales": b"", "ends": b"", "groups": 0},
-        **{"amax_min": 1e-4, "parallel": 0},
-    },
-    "muon": {
-        **{"threads": 1, "bf16": 0, "rational": 0, "pieces": 1, "steps": 2, "lr": 0.1, "momentum": 0.9, "decay": 0.0},
-        **{"piece": piece(), "coefficients": torch.ones(2, 3, dtype=torch.float64)},
-    },
-    "experts": {
-        **{"threads": 1, "n": 3, "dim": 8, "inter": 5, "experts": 2, "k": 2, "bf16": 0},
-        **{"x": torch.zeros(3, 8), "y": torch.zeros(3, 8), "indices": torch.tensor([[0, 1]] * 3)},
-        **{"weights": torch.zeros(3, 2)} | dict(zip(("w1", "w2", "w3"), map(steps.matrix, MATRICES), strict=True)),
-    },
-    "heads_attention": {
-        **{"threads": 1, "b": 2, "h": 3, "groups": 3, "s": 4, "t": 4, "d": 5, "v": 6, "bf16": 0, "backward": 1},
-        **{"causal": 1, "lse": torch.zeros(2, 3, 4), "mask": b"", "mask_batch": 0, "scale": 0.1},
-        **{name: rows(x) for name, x in HEADS.items()},
-    },
-    "entry_attention": {
-        **{"threads": 1, "b": 2, "s": 2, "heads": 3, "width": 8, "bf16": 0, "scale": 0.1, "k": 2},
-        **{"q": torch.zeros(2, 2, 3, 8), "out": torch.zeros(2, 2, 3, 8), "sink": torch.zeros(3), "masked_batch": 1},
-        **{
-            "near": key_rows(NEAR, 5)[1],
-            "entries": key_rows(ENTRIES, 7)[1],
-            "chosen": torch.tensor([[[0, 6]] * 2] * 2),
-        },
-        **{"masked": torch.zeros(1, 2, 5, dtype=torch.bool), "hidden": b"", "hidden_batch": 1},
-    },
-    "compressed_attention": {
-        **{"threads": 1, "b": 2, "s": 2, "dim": 8, "bf16": 0, "added": 1, "positions": 20, "heads": 2, "width": 8},
-        **{
-            "rope": 2,
-            "q_rank": 4,
-            "groups": 2,
-            "rank": 3,
-            "window": 3,
-            "ratio": 4,
-            "series": 2,
-            "tile": 0,
-            "key_tile": 0,
-        },
-        **{"key_tile": 0, "index_heads": 2, "topk": 1, "x": torch.zeros(2, 2, 8), "y": torch.zeros(2, 2, 8)},
-        **{"cos": torch.zeros(20, 1), "sin": torch.zeros(20, 1), "starts": torch.tensor([18, 9])},
-        **{"counts": torch.tensor([2, 1]), "latest": key_rows(LATEST, 4)[1], "entries": block_rows(8)},
-        **{"keys": block_rows(4), "norm": torch.zeros(8), "q_norm": torch.zeros(4), "kv_norm": torch.zeros(8)},
-        **{"sink": torch.zeros(2), "wq_a": matrix(4, 8), "wq_b": matrix(16, 4), "wkv": matrix(8, 8)},
-        **{"wo_a": matrix(6, 8), "wo_b": matrix(8, 6), "compressor": compressor(8), "key_compressor": compressor(4)},
-        **{"index_wq": matrix(8, 4), "index_weights": matrix(2, 8), "scale": 0.1},
-        **dict.fromkeys(("eps", "q_eps", "kv_eps", "head_eps"), 0.1),
-    },
-    "stream_step": {
-        **{"threads": 1, "n": 3, "dim": 5, "streams": 4, "iterations": 1, "write": 0, "x": torch.zeros(3, 4, 5)},
-        **{"y": torch.zeros(3, 5), "post": torch.zeros(3, 4), "comb": torch.zeros(3, 4, 4), "fn": torch.zeros(24, 20)},
-        **{"base": torch.zeros(24), "scale": torch.zeros(3), **dict.fromkeys(("eps", "post_eps", "norm_eps"), 0.1)},
-    },
-    "trained_norm": {  # rows are 40 bytes apart
-        **{"threads": 1, "n": 3, "dim": 8, "bf16": 0, "backward": 1, "x": torch.zeros(28), "x_stride": 40},
-        **{"weight": torch.zeros(8), "inverse": torch.zeros(3), "y": torch.zeros(24), "dy": torch.zeros(24)},
-        **{"dw": torch.zeros(8), "eps": 0.1},
-    },
-    "streams": {
-        **{"threads": 1, "n": 5, "streams": 3, "outputs": 3, "dim": 7, "bf16": 0, "backward": 1},
-        **{name: torch.zeros(5, 3, 7) for name in ("x", "y", "dy", "dx")},
-        **{name: torch.zeros(5, 7) for name in ("output", "doutput")},
-        **{name: torch.zeros(5, 3, 3) for name in ("mix", "dmix")},
-        **{name: torch.zeros(5, 3) for name in ("post", "dpost")},
-    },
-    "sinkhorn": {
-        **{"threads": 1, "n": 5, "n_streams": 3, "iterations": 4, "backward": 1, "eps": 1e-6},
-        **{name: torch.zeros(5, 3, 3) for name in ("logits", "dy", "y")},
-    },
+    function: {
+        name: torch.zeros(x) if isinstance(x, list) else x.encode() if isinstance(x, str) else x
+        for name, x in fields.items()
+    }
+    for function, fields in CALLS_OF["valid"].items()
+}
+VALID["muon"] |= {"piece": piece(), "coefficients": torch.ones(2, 3, dtype=torch.float64)}
+VALID["experts"] |= {"indices": torch.tensor([[0, 1]] * 3)}
+VALID["experts"] |= dict(zip(("w1", "w2", "w3"), map(steps.matrix, MATRICES), strict=True))
+VALID["heads_attention"] |= {name: rows(x) for name, x in HEADS.items()}
+VALID["entry_attention"] |= {
+    **{"near": key_rows(NEAR, 5)[1], "entries": key_rows(ENTRIES, 7)[1], "chosen": torch.tensor([[[0, 6]] * 2] * 2)},
+    "masked": torch.zeros(1, 2, 5, dtype=torch.bool),
+}
+VALID["compressed_attention"] |= {
+    **{"starts": torch.tensor([18, 9]), "counts": torch.tensor([2, 1]), "latest": key_rows(LATEST, 4)[1]},
+    **{"entries": block_rows(8), "keys": block_rows(4), "wq_a": matrix(4, 8), "wq_b": matrix(16, 4)},
+    **{"wkv": matrix(8, 8), "wo_a": matrix(6, 8), "wo_b": matrix(8, 6), "index_wq": matrix(8, 4)},
+    **{"index_weights": matrix(2, 8), "compressor": compressor(8), "key_compressor": compressor(4)},
 }
 GROUPS = {"ends": ENDS, "groups": 2}
 MASK = torch.zeros(1, 4, 4, dtype=torch.uint8)
@@ -175,30 +123,18 @@ FREE = {
 }
 """Numbers that may be larger, and what this call does not read."""
 WRONG: list[tuple[str, str, list[dict[str, Any]]]] = [
-    ("tiles", "malformed", [{"operation": 3}, {"in_type": 3}, {"format": 3}, {"threads": 0}]),
-    ("tiles", "size", [{"tile_rows": 0}, {"tile_columns": -1}]),
-    ("tiles", "stride", [{"batch_stride": -1}, {"row_stride": -128}]),
-    ("tiles", "beyond", [{"batch": HUGE, "rows": HUGE}, {"operation": 1, "columns": 129}]),
     ("tiles", "beyond", [{"operation": 0, "scales": SPAN.pack(*lent)} for lent in ((0, 16), (X.data_ptr(), 15))]),
     ("tiles", "ends", [GROUPS | {"ends": SPAN.pack(ENDS.data_ptr(), 15)}, GROUPS | {"groups": 1}]),
     ("tiles", "ends", [GROUPS | {"groups": -1}, GROUPS | {"operation": 0}, GROUPS | {"batch": 2}]),
-    ("muon", "", [{"threads": 0}, {"rational": 2}, {"steps": 0}, {"pieces": 2}]),
     ("muon", "", [{"piece": piece(count=n)} for n in (4, -1, 2**61)]),
     ("muon", "", [{"piece": piece(rows=n)} for n in (0, 5)] + [{"piece": piece(columns=n)} for n in (7, HUGE)]),
     ("muon", "beyond", [{"piece": piece(**{name: bad})} for name in "pgm" for bad in wrong_spans(STACK)]),
     ("experts", "", [{"indices": torch.tensor([[0, 1], [0, bad], [0, 1]])} for bad in (-1, 2)]),
-    (
-        "experts",
-        "",
-        [{"w1": w1(kind)} for kind in range(-1, 7) if kind not in (0, 1)],
-    ),  # no such type, and codes without scales
-    ("experts", "", [{"dim": 0}, {"k": 0}, {"bf16": 2}]),
+    ("experts", "", [{"w1": w1(kind)} for kind in (-1, *range(2, 7))]),  # no such type, and codes without scales
     ("heads_attention", "beyond", [{name: rows(x, bad)} for name, x in HEADS.items() for bad in wrong_spans(x)]),
     ("heads_attention", "beyond", [{name: rows(x, further=n)} for name, x in HEADS.items() for n in (-HUGE, 1)]),
     ("heads_attention", "", [{"mask": bad, "mask_batch": 1} for bad in wrong_spans(MASK)[:1]]),
     ("heads_attention", "", [{"mask": MASK, "mask_batch": n} for n in (3, -1, 2)]),
-    ("heads_attention", "", [{"h": 4, "groups": 4}, {"groups": 1}, {"groups": 2, "backward": 0}, {"d": 0}]),
-    ("heads_attention", "", [{"bf16": 1}, {"backward": 2}, {"causal": 2}]),
     ("entry_attention", "", [{"chosen": torch.tensor([[[0, bad]] * 2] * 2)} for bad in (-2, 7)]),
     ("entry_attention", "beyond", [{"near": key_rows(ENTRIES, 6)[1]}, {"entries": key_rows(ENTRIES, 6)[1]}]),
     ("entry_attention", "beyond", [{"entries": entries(**{name: n})} for name in KEY_SIZES for n in (-1, HUGE)]),
@@ -212,19 +148,17 @@ WRONG: list[tuple[str, str, list[dict[str, Any]]]] = [
     ("compressed_attention", "beyond", [{"keys": block_rows(4, made=key_rows(LATEST, 4)[1])}, {"keys": b""}]),
     ("compressed_attention", "beyond", [{"compressor": compressor(8, wkv=matrix(15, 8))}, {"wo_a": matrix(5, 8)}]),
     ("compressed_attention", "beyond", [{"key_compressor": compressor(4, bias=b"")}, {"index_wq": matrix(8, 3)}]),
-    (
-        "compressed_attention",
-        "",
-        [{"compressor": b""}, {"key_compressor": b""}, {"index_weights": matrix(2, 8, type=1)}],
-    ),
-    ("compressed_attention", "", [{"key_compressor": compressor(3)}, {"groups": 3}, {"rope": 10}, {"bf16": 2}]),
-    ("compressed_attention", "", [{"tile": -1}, {"key_tile": 31}]),
-    ("stream_step", "", [{"streams": 9}, {"write": 2}, {"n": 33}, {"iterations": 0, "scale": torch.zeros(1)}]),
-    ("trained_norm", "beyond", [{"x_stride": 28}, {"n": HUGE // 2**23, "backward": 0}]),
-    ("trained_norm", "", [{"n": 0}, {"dim": 0}, {"bf16": 2}, {"backward": 3}]),
-    ("streams", "", [{"streams": 0}, {"outputs": 0}, {"dim": 0}, {"bf16": 2}, {"backward": 2}]),
+    ("compressed_attention", "", [{"compressor": b""}, {"index_weights": matrix(2, 8, type=1)}]),
+    ("compressed_attention", "", [{"key_compressor": bad} for bad in (b"", compressor(3))]),
+    ("compressed_attention", "", [{"groups": 3}, {"rope": 10}, {"bf16": 2}]),
+    ("stream_step", "", [{"iterations": 0, "scale": torch.zeros(1)}]),
     ("streams", "beyond", [{"output": wrong_spans(torch.zeros(5, 7))[0]}]),
-    ("sinkhorn", "", [{"n_streams": 0}, {"n_streams": 17}, {"iterations": 0}, {"backward": 2}]),
+    *(
+        (function, row["word"], changes)
+        for row in CALLS_OF["wrong"]
+        for function, changes in row.items()
+        if function != "word"
+    ),
 ]
 
 

@@ -17,7 +17,7 @@ from dsmini_kernels.cpu import steps
 from tests.helpers.decoding import model_of
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, rounding
 from tests.kernels.conftest import assert_threads_change_no_bit, weight_in
-from tests.kernels.test_cpu_compressed import layers
+from tests.kernels.test_cpu_steps import layers_of_v4 as layers
 
 pytestmark = pytest.mark.usefixtures("library", "poisoned_memory", "without_gradients")
 SMALLEST = 2.0**-149
