@@ -361,7 +361,7 @@ class _Trained(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with use(ctx.backend), torch.autocast(grad.device.type, enabled=False):
+        with use(ctx.backend), without_autocast(grad):
             return None, None, *ctx.gradients(grad, *ctx.saved_tensors)
 
 

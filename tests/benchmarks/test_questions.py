@@ -40,7 +40,7 @@ from tests.helpers.questions import TINY, setting
 from tests.helpers.tolerances import FP32_UNIT, relative_error, rounding
 
 LONG = dataclasses.replace(TINY, max_seq_len=32768)
-STEPS = kernels.STEPS  # the small sizes leave some out
+STEPS, WHY_NOT = kernels.STEPS, pipeline.why_not  # the small sizes leave some out
 
 
 WANTED = tomllib.loads(Path(__file__).with_name("wanted.toml").read_text())
@@ -419,6 +419,7 @@ def test_bubble_is_the_time_without_the_processor() -> None:
 
 def test_pipeline_is_left_out_on_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "cores", lambda: 1)
+    monkeypatch.setattr(pipeline, "why_not", WHY_NOT)
     found = list(pipeline.measure(setting(), Size(1, 1, 1, 1)))
     assert [f.case["schedule"] for f in found] == list(CHUNKS)
     assert {f.note for f in found} == {"left out: 2 ranks need 2 processor cores, and there is 1"}
