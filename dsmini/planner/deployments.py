@@ -90,6 +90,8 @@ def resolve(inputs: Inputs, model: Model, h: Hardware) -> Inputs:
         tokens = getattr(r, name) or 1
         require(tokens <= longest, f"{name}={tokens} is longer than the model's max_seq_len={longest}; shorten it")
     context = r.context or min(CONTEXT, longest)
+    no_drafts = f"drafts={r.drafts} need multi-token prediction, which {model.name} has not; use drafts=0"
+    require(not r.drafts or model.config.n_mtp_layers > 0, no_drafts)
     inputs = inputs.filled("chosen", context=context, prompt=context)
     inputs = inputs.filled(f"[serving] of {model.name}", cache_dtype=known.cache, indexer_dtype=known.indexer)
     able = known.weights if known.weights and set(PRODUCTS[known.weights]) & set(h.peaks) else None
@@ -105,28 +107,23 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Deployments:
     """
     rejected, every, refused = Counter[str](), list[Served](), ""
     unfit: tuple[float, str] = math.inf, ""
-    every_draft = range(MOST_DRAFTS + 1) if r.drafts is None else [r.drafts]
-    if phase == "prefill" or not s.c.n_mtp_layers:
-        every_draft = [0]
     for gpus, tensor in _groups(s, r, phase):
         shape = Deployment(phase=phase, gpus=gpus, tensor=tensor, redundant=-s.c.n_routed_experts % gpus)
         if said := misfit(shape, s.c, s.h):
             refused = refused or said
             rejected["not divisible"] += 1
             continue
-        for drafts in every_draft:
-            room = ServingMemory(s, replace(shape, drafts=drafts))
-            for d in _batches(room, r):
-                held = ServingMemory(s, d)
-                if held.misfit:
-                    unfit = min(unfit, (held.gpu_memory, held.misfit))
-                    rejected["more than the memory"] += 1
-                else:
-                    every.append(Served(held))
+        for held in _candidates(s, r, shape):
+            if held.misfit:
+                unfit = min(unfit, (held.gpu_memory, held.misfit))
+                rejected["more than the memory"] += 1
+            else:
+                every.append(Served(held))
     limit = (r.ttft or TTFT) if phase == "prefill" else (r.tpot or TPOT) / 1000
     how: dict[str, Any] = {"phase": phase, "limit": limit, "rejected": rejected}
     if not every:
-        require(not refused or bool(unfit[1]), refused)
+        few = f"micro_batches={r.micro_batches} need as many sequences of each GPU; use 1, or more sequences"
+        require(bool(unfit[1]), refused or few)
         return Deployments(**how, every=[], points={}, misfit=unfit[1])
     fastest = min(every, key=lambda each: each.time)
     timely = [each for each in every if each.time <= limit]
@@ -147,9 +144,12 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Deployments:
     every += [each for each in points.values() if each not in every]
     points |= {CHEAPEST: max(every, key=rate), FASTEST: fastest}
     if is_v3(s.c, indexer=True) and s.h.networked:
-        own, why_not = _own(s, phase)
-        rejected[f"{OWN}, {why_not}"] = not own
-        points |= {OWN: max(own, key=lambda each: (each.time <= limit, rate(each)))} if own else {}
+        own, why_not = _own(s, r, phase)
+        if own:
+            best = max(own, key=lambda each: (each.time <= limit, rate(each)))
+            points[OWN] = best if r.sequences or phase == "prefill" else _fuller(best, limit)
+        else:
+            rejected[f"{OWN}, {why_not}"] = 1
     return Deployments(**how, every=every, points=points, misfit="")
 
 
@@ -165,6 +165,16 @@ def _groups(s: Service, r: PlanRequest, phase: Phase) -> Iterator[tuple[int, int
             yield count, each
 
 
+def _candidates(s: Service, r: PlanRequest, shape: Deployment) -> Iterator[ServingMemory]:
+    """Yield the memory of GPUs with each number of drafts and each batch that fits, or the smallest."""
+    every_draft = range(MOST_DRAFTS + 1) if r.drafts is None else [r.drafts]
+    if shape.phase == "prefill" or not s.c.n_mtp_layers:
+        every_draft = [0]
+    for drafts in every_draft:
+        for d in _batches(ServingMemory(s, replace(shape, drafts=drafts)), r):
+            yield ServingMemory(s, d)
+
+
 def _batches(room: ServingMemory, r: PlanRequest) -> Iterator[Deployment]:
     """Yield a deployment with each batch that fits, or the smallest if none does, in one and two micro-batches."""
     d, groups = room.d, room.d.gpus // room.d.tensor
@@ -177,7 +187,7 @@ def _batches(room: ServingMemory, r: PlanRequest) -> Iterator[Deployment]:
         sizes = [r.sequences * d.gpus]
     for batch in sorted({max(1, n) for n in sizes}):
         for parts in (1, 2) if r.micro_batches is None else (r.micro_batches,):
-            if parts == 1 or (d.gpus > 1 and batch >= parts * groups) or r.micro_batches:
+            if parts == 1 or (d.gpus > 1 and batch >= parts * groups) or (r.micro_batches and room.misfit):
                 yield replace(d, batch=batch, micro_batches=parts)
 
 
@@ -196,10 +206,12 @@ def _fuller(served: Served, limit: float) -> Served:
     return served
 
 
-def _own(s: Service, phase: Phase) -> tuple[list[Served], str]:
-    """Return DeepSeek's own deployment with each batch that fits, or why it cannot be."""
+def _own(s: Service, r: PlanRequest, phase: Phase) -> tuple[list[Served], str]:
+    """Return DeepSeek's own deployment with each batch and number of drafts that fits, or why it cannot be."""
     d = Deployment(**presets()["deepseek-v3"][phase], phase=phase, label="V3 report, section 3.4")
+    asked = r.given((f"{phase}_gpus", f"{phase}_tensor"))
+    if any(value != getattr(d, name.removeprefix(f"{phase}_")) for name, value in asked.items()):
+        return [], "of other sizes than asked"
     if said := misfit(d, s.c, s.h):
         return [], said
-    memories = [ServingMemory(s, each) for each in _batches(ServingMemory(s, d), PlanRequest(micro_batches=2))]
-    return [Served(held) for held in memories if not held.misfit], "which does not fit"
+    return [Served(held) for held in _candidates(s, r, d) if not held.misfit], "which does not fit"

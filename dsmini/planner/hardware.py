@@ -97,7 +97,7 @@ class Hardware:
 
     def rate(self, *dtypes: str) -> Figure:
         """Return the peak of the first of some dtypes that there are units for. Raises: ValueError, as peak."""
-        return self.peak(next((dtype for dtype in dtypes if dtype in self.peaks), dtypes[-1]))
+        return self.peak(next((dtype for dtype in dtypes if dtype in self.peaks), dtypes[0]))
 
     def having(self, source: str, numbers: Mapping[str, Any]) -> "Hardware":
         """Return hardware with other numbers in base units, also such as it lacks.

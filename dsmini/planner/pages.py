@@ -16,7 +16,7 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.config.fields import require
 from dsmini.console.messages import say
-from dsmini.planner.deployments import IN_TIME, Deployments
+from dsmini.planner.deployments import IN_TIME, OWN, Deployments
 from dsmini.planner.figure import Figures, explain, needed, step_of, text
 from dsmini.planner.hardware import OnPart, load_hardware, quiet
 from dsmini.planner.layout import Layout
@@ -142,16 +142,20 @@ def _served(plan: Plan, found: Deployments) -> list[str]:
     limit = human(found.limit, "s")
     points = [(f"cheapest in {limit}" if name == IN_TIME else name, each) for name, each in found.points.items()]
     names = [(" and ".join(name for name, other in points if other is each), each) for _, each in points]
-    lines = [f"{name}: {_point(each, not plan.misfit)}" for name, each in names]
+    slow = {name: f"{name} in more than {limit}" for name, each in names if name == OWN and each.time > found.limit}
+    lines = [f"{slow.get(name, name)}: {_point(each, not plan.misfit)}" for name, each in names]
     lines = list(dict.fromkeys(lines))
     if IN_TIME not in found.points:
         lines.insert(0, f"no deployment {'gives a token' if phase == 'decode' else 'reads a prompt'} in {limit}.")
-    what = f"{in_words(service.tokens[phase])} tokens, {service.dtype} weights, {service.cache.dtype} cache"
-    if phase == "decode" and service.c.n_mtp_layers:
-        what += f", drafts accepted with {100 * r.acceptance:.3g} %"
+    share = f"{100 * service.a['memory_share']:.3g} % of the memory"
+    what = f"{plural(int(service.tokens[phase]), 'token')}, {service.dtype} weights, {service.cache.dtype} cache"
+    if drafts := max(each.d.drafts for each in found.every):
+        what += f", at most {plural(drafts, 'draft')} accepted with {100 * r.acceptance:.3g} %"
+    sizes = sorted({each.d.gpus for each in found.every})
+    on = plural(sizes[0], "GPU") if len(sizes) == 1 else f"{len(sizes)} numbers of GPUs up to {sizes[-1]}"
     first = f"a first token in at least {human(found.least_time, 's')}"
     user = f"a user at most {human(1 / found.least_time, 'token/s')}" if phase == "decode" else first
-    said = f"bound of {len(found.every):,} deployments with {what}: {user}, a GPU at most "
+    said = f"bound of {len(found.every):,} deployments on {on}, in {share}, with {what}: {user}, a GPU at most "
     out = ", ".join(f"{n:,} {why}" for why, n in found.rejected.items() if n)
     return [*lines, said + human(found.most, "token/s") + (f". Left out: {out}." if out else ".")]
 
@@ -210,12 +214,12 @@ def plan_record(plan: Plan) -> Record:
                 "points": {name: point_record(each, not plan.misfit) for name, each in of.points.items()},
                 "front": [point_record(each, not plan.misfit) for each in of.front],
                 "bound": {"least_time": of.least_time, "gpu_tokens_per_second": of.most},
-                "left_out": dict(of.rejected),
+                "left_out": {why: n for why, n in of.rejected.items() if n},
             }
             for phase, of in found.items()
             if of.every
         },
-        "fits": plan.training.fits,
+        "fits": not plan.misfit,
         "misfit": plan.misfit,
         "unserved": plan.unserved,
         "binds": {stage: plan.longest(stage)[0] for stage in plan.waits},
@@ -333,8 +337,10 @@ def explained(of: Plan | Figures, name: str, width: int, depth: int | None = Non
     Raises: ValueError for an unknown figure, with the nearest known ones, and for one of what does not fit.
     """
     figures = of.figures if isinstance(of, Plan) else of
-    if isinstance(of, Plan) and name not in figures and any(name in every for every in of.every.values()):
-        raise ValueError(f"{name} has no value: {next(iter(of.misfit.values()))}")
+    if isinstance(of, Plan) and name not in figures:
+        unfit = of.misfit.get(name.partition("_")[0])
+        if unfit or any(name in every for every in of.every.values()):
+            raise ValueError(f"{name} has no value: {unfit or next(iter(of.misfit.values()))}")
     if name == "list":
         lines = [f"{key:32} {figure!s:>24}  {figure.title}" for key, figure in figures.items()]
         return Answer(record=figures_record(figures), lines=[f"{len(figures)} figures and inputs", *lines])
@@ -461,7 +467,7 @@ def variation_record(variants: Sequence[Variant], names: Sequence[str]) -> Recor
     for each in variants:
         found: Record = {**each.values, "problem": each.problem or None}
         if each.plan is not None:
-            found |= {"fits": each.plan.training.fits, "misfit": each.plan.misfit}
+            found |= {"fits": not each.plan.misfit, "misfit": each.plan.misfit}
             found |= {name: f.plain for name in names if (f := each.plan.figures.get(name)) is not None}
         plans.append(found)
     return {"plans": plans}

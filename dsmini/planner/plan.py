@@ -352,6 +352,6 @@ def compared(variants: Sequence[Variant], names: Sequence[str] = ()) -> list[str
     known = {name for each in plans for of in each.every.values() for name in of}
     for name in names:
         check_name(known, name)
-    values_of = {name: {float(each.figures[name]) for each in plans if name in each.figures} for name in COMPARED}
+    values_of = {name: {each.figures.get(name) for each in plans} for name in COMPARED}
     differ = [name for name in COMPARED if len(values_of[name]) > 1]
-    return list(names) or differ or [name for name in COMPARED if values_of[name]]
+    return list(names) or differ or [name for name in COMPARED if values_of[name] != {None}]

@@ -129,9 +129,9 @@ class PlanRequest:
     """Number of GPUs that read prompts together."""
     prefill_tensor: int | None = None
     """Number of GPUs that share heads and prompts in reading prompts."""
-    micro_batches: int | None = None
+    micro_batches: Literal[1, 2] | None = None
     """Number of parts of a served batch, 1 or 2, of which one communicates while another computes."""
-    drafts: int | None = setting(None, least=0)
+    drafts: int | None = setting(None, least=0, most=16)
     """Number of tokens that multi-token prediction drafts in a step; 0: plain decoding."""
     acceptance: float = setting(0.85, above=0, below=1)
     """Probability that a draft is accepted, if those before it were (V3: 0.85 to 0.9)."""

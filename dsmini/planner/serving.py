@@ -70,7 +70,7 @@ class Deployment:
 
     phase: Phase
     gpus: int
-    """GPUs that divide the routed experts: all of the deployment."""
+    """GPUs of the deployment; they divide the routed experts."""
     tensor: int = 1
     """GPUs that divide heads and share their sequences."""
     batch: int = 1
@@ -143,8 +143,8 @@ class Service:
         narrow: WeightDtype = "fp8" if r.weight_dtype == "fp4" else r.weight_dtype  # all but experts
         plain = "float32" if r.weight_dtype == "float32" else "bfloat16"
         attended = (r.cache_dtype, plain) if r.cache_dtype == "fp8" else (plain,)
-        self.matrix_peak: Figure = h.rate(*PRODUCTS[narrow])
         self.expert_peak: Figure = h.rate(*PRODUCTS[r.weight_dtype])
+        self.matrix_peak: Figure = h.rate(*PRODUCTS[narrow])
         self.plain_peak: Figure = h.rate(plain)
         self.attention_peak: Figure = h.rate(*attended)
         fp4, fp8 = self.expert_peak.name == "peak_fp4", self.attention_peak.name == "peak_fp8"
@@ -272,7 +272,7 @@ class ServingMemory:
             return ""
         fix = f"use more {d.phase}_gpus, or hardware with more memory"
         if fit and d.phase == "decode":
-            fix = f"use sequences={max(1, fit // d.gpus)}"
+            fix = f"{(n := max(1, fit // d.gpus)):,} sequences of a GPU fit; use sequences={n}"
         takes = f"{human(self.gpu_memory, 'B')} of {self.s.dtype} weights and {self.s.cache.dtype} cache"
         share = f"{100 * self.s.a['memory_share']:.3g} % of {human(self.s.h.memory, 'B')}"
         return f"{d.phase} on {plural(d.gpus, 'GPU')} takes {takes}, more than {share}; {fix}"
@@ -370,7 +370,12 @@ class Served:
         heads, shared = (w.divided_bytes - w.width_bytes) / d.tensor, (w.width_bytes + w.vocabulary_bytes) / d.gpus
         experts = self.s.m.moe_layers * self.bound_experts_read * w.expert_bytes
         main = heads + shared + experts + w.whole_bytes - w.table_bytes
-        return main + self.memory.drafted(self.bound_experts_read, d.gpus) if d.drafts else main
+        return main + self.bound_draft_weights if d.drafts else main
+
+    @counted("B")
+    def bound_draft_weights(self) -> float:
+        """Least weights of multi-token prediction that a GPU reads in a step, as those of the model."""
+        return self.memory.drafted(self.bound_experts_read, self.d.gpus)
 
     @figure("B")
     def bound_cache_read(self) -> float:

@@ -159,3 +159,13 @@ def test_sentences_of_serving_count_and_name_what_is_served() -> None:
     lines = [line for line in ten_lines(plan_of("deepseek-v3 @h200 context=131072")) if "prefill" in line]
     assert lines[0] == "prefill    no deployment reads a prompt in 5 s."
     assert ", 1 prompt:" in " ".join(lines)
+    for words, said, unsaid in (
+        ("", " on 11 numbers of GPUs up to 256, in 90 % of the memory, with 4,096 tokens, ", "1 tokens"),
+        ("", ", at most 3 drafts accepted with 85 %:", ""),
+        ("drafts=0 decode_gpus=8", " on 8 GPUs, ", "accepted"),
+        ("context=1 decode_gpus=8", " with 1 token, ", "1 tokens"),
+    ):
+        (line,) = [
+            line for line in ten_lines(plan_of(f"deepseek-v3 @h200 {words}")) if line.startswith("decode     bound")
+        ]
+        assert said in line and not (unsaid and unsaid in line), line

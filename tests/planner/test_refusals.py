@@ -101,6 +101,15 @@ def test_explained_figure_of_what_does_not_fit_is_refused(name: str) -> None:
     assert said.startswith(f"{name} has no value: no layout on gpus=1 fits 90 % of 85.9 GB a GPU")
 
 
+def test_decoding_that_does_not_fit_says_so_in_each_answer() -> None:
+    plan = plan_of("deepseek-v3 decode_gpus=7")
+    said, record = plan.misfit["decode"], pages.plan_record(plan)
+    assert refusal(pages.explained, plan, "decode_cost", 100) == f"decode_cost has no value: {said}"
+    assert not record["fits"] and record["misfit"] == {"decode": said}
+    counts = [n for each in record["deployments"].values() for n in each["left_out"].values()]
+    assert counts and all(type(n) is int and n > 0 for n in counts)
+
+
 def test_warm_up_of_indexers_has_no_plan() -> None:
     model, hardware, request = read("toy-dsa")
     assert model.run is not None

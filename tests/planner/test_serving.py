@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from dsmini.planner.deployments import CHEAPEST, FASTEST, IN_TIME, OWN, Deployments, search
+from dsmini.planner.pages import ten_lines
 from dsmini.planner.request import PlanRequest
 from dsmini.planner.serving import PARTS, PHASES, Deployment, Served, Service, ServingMemory, serve
 from tests.helpers.commands import ROOT
@@ -238,7 +239,28 @@ def test_deployment_of_its_own_is_one_candidate_with_a_label() -> None:
     own = found.points[OWN]
     assert (own.d.gpus, own.d.tensor) == (320, 4) and "V3 report, section 3.4" in own.d.label
     assert OWN not in found_of("kimi-k2").points
-    assert any(OWN in why for why in found_of("deepseek-v3 @gb200-nvl72").rejected)
+    assert found_of("deepseek-v3 @a100-pcie", "prefill").rejected[f"{OWN}, which does not fit"] == 1
+
+
+def test_deployment_of_its_own_is_on_equal_terms() -> None:
+    """It is searched as the same sizes by flags are, and is no candidate where other sizes are asked."""
+    flags = "prefill_gpus=32 prefill_tensor=4 decode_gpus=320 decode_tensor=4"
+    for phase in PHASES:
+        found = found_of(f"deepseek-v3 {flags}", phase)
+        assert found.points[OWN].gpu_tokens_per_second == found.main.gpu_tokens_per_second
+        again = found_of("deepseek-v3", phase).points[OWN]
+        assert again.gpu_tokens_per_second == found.main.gpu_tokens_per_second
+    asked = found_of("deepseek-v3 decode_gpus=64")
+    assert OWN not in asked.points and f"{OWN}, of other sizes than asked" in asked.rejected
+    assert found_of("deepseek-v3 sequences=4 drafts=0").points[OWN].d.batch == 4 * 320
+    said = " ".join(ten_lines(plan_of("deepseek-v3 sequences=56 tpot=25")))
+    assert f"decode     {OWN} in more than 25 ms: 320 GPUs" in said
+
+
+def test_each_of_two_micro_batches_has_sequences() -> None:
+    for phase in PHASES:
+        every = found_of("deepseek-v3 micro_batches=2", phase).every
+        assert every and all(each.d.batch >= 2 * each.d.gpus // each.d.tensor for each in every)
 
 
 def test_flash_is_cheaper_than_v3_whatever_the_deployment() -> None:
