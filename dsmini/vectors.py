@@ -53,6 +53,7 @@ def main(args: Sequence[str]) -> int:
     wanted = command.config or GENERATIONS
     unknown = [name for name in wanted if name not in GENERATIONS]
     require(not unknown, f"--config {brief((unknown or [''])[0])} is unknown; use {', '.join(GENERATIONS)}")
+    require(len(set(wanted)) == len(wanted), f"--config {brief(' '.join(wanted))} names a generation twice")
     refuse_filled(command.out)
     console = Console(stderr=True)
     with new_folder(command.out) as folder, Progress(console, len(wanted), "writing vectors") as progress:

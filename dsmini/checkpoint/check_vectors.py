@@ -60,7 +60,7 @@ def compare(
         if allowed == 0.0:
             differs, words = not np.array_equal(got, want), "whole numbers differ"
         else:
-            allowed = tolerance or allowed
+            allowed = allowed if tolerance is None else tolerance
             differs, words = error > allowed, f"error {error:.2g}, tolerance {allowed:g}"
         if differs:
             return Difference(name, f"{entry['is']}; {words}; {at_worst(got, want)}", agree)
@@ -82,14 +82,18 @@ def main(args: list[str]) -> int:
     parser.add_argument("mine", type=Path)
     parser.add_argument("--tolerance", type=float)
     asked, folder = parser.parse_args(args), Path(__file__).resolve().parent
-    index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    names = [entry["name"] for entry in index["tensors"]]
     try:
-        mine = read(asked.mine)
+        if asked.tolerance is not None and not 0 < asked.tolerance < float("inf"):
+            raise ValueError(f"--tolerance is {asked.tolerance}; want a number above 0")
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        names = [entry["name"] for entry in index["tensors"]]
+        mine, expected = read(asked.mine), read(folder / "expected.safetensors")
+        if {name: list(t.shape) for name, t in expected.items()} != {t["name"]: t["shape"] for t in index["tensors"]}:
+            raise ValueError("expected.safetensors is not that of index.json; copy the folder again")
         if not set(names) & set(mine):
             raise ValueError(f"{asked.mine} has none of the names in index.json, such as {names[0]} or logits")
-        found = compare(index, read(folder / "expected.safetensors"), mine, asked.tolerance)
-    except ValueError as error:
+        found = compare(index, expected, mine, asked.tolerance)
+    except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if unknown := sorted(set(mine) - set(names)):

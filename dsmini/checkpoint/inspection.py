@@ -5,8 +5,9 @@ and dequantized, scales and codes are looked at, and its block runs on random hi
 installed and knows the model, its block runs on the same weights and states. The weights of a layer are forgotten
 before the next is read, and ours before theirs.
 
-A matrix with as many rows as columns that is transposed, or numbers that are off by a little, can only be seen where an
-original is: this check has none.
+A matrix with as many rows as columns that is transposed, two tensors of one shape that changed places, values of the
+config that no shape shows, or numbers that are off by a little can only be seen where an original is: this check has
+none.
 """
 
 import hashlib

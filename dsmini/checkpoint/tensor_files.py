@@ -269,7 +269,14 @@ def _indexed(folder: Path) -> dict[str, Stored]:
     files = sorted(set(weight_map.values()))
     if missing := [name for name in files if not is_there(folder / name)]:
         raise ValueError(f"{folder} lacks {listed(missing)}, which {INDEX} names; fetch what is missing")
-    tensors = {name: stored for file in files for name, stored in _header(folder / file).items()}
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in _header(folder / file).items():
+            if name in tensors:
+                raise ValueError(
+                    f"{folder} has {name} in two files, {tensors[name].files[0].name} and {file}; want one"
+                )
+            tensors[name] = stored
     wrong = [name for name, file in weight_map.items() if name not in tensors or tensors[name].files[0].name != file]
     if wrong:
         raise ValueError(f"{folder} has not in the files that {INDEX} names: {listed(sorted(wrong))}; fetch both again")

@@ -23,13 +23,15 @@ training there are two stages (section 2.1.1). In the dense warm-up attention re
 predict it; in the sparse stage attention reads the chosen keys, and the indexer learns to predict it among them.
 
 In GLM-5.2 three of four layers have no indexer. They take the keys that the last layer before them with one chose, its
-`source`, and attend to their own latents of these tokens. The choice goes through the layers in Context.choices. An
+`source`, and attend to their own latents of these tokens. Its indexers rotate adjacent pairs
+(indexer_rope_interleave). The choice goes through the layers in Context.choices. An
 indexer learns to predict its own layer's attention, or the mean p of all g layers that take its choice. For these each
 layer j adds KL(p_j || softmax(I)) / g. The sum has the gradient of KL(p || softmax(I)), which is softmax(I) - p, and
 differs from it by a constant.
 
 Source: DeepSeek-V3.2 report (arXiv 2512.02556), section 2.1; DeepSeek's released inference code; IndexCache (arXiv
-2603.12201) for the objective of several layers.
+2603.12201) for the objective of several layers. Which objective GLM-5.2 was trained with is not published, and no
+trusted implementation trains shared layers, so their training is tested next to a second definition of ours alone.
 """
 
 from collections.abc import Callable

@@ -7,14 +7,15 @@ table, without any product: a table may be as large as main memory.
     mix_n    = XOR over k < n of c_(t-k) m_k                 m_k odd, int64 without overflow
     row      = mix_n mod prime_(n,j), in the part of the table that order n and head j have
     e        = the rows of all orders and heads, side by side
-    g_i      = sigmoid(sign(a) sqrt(|a|)),  a = norm(h_i) . norm(W_k,i e) / sqrt(m)      for each residual stream i
+    g_i      = sigmoid(sign(a) sqrt(max(|a|, 1e-6))),  a = norm(h_i) . norm(W_k,i e) / sqrt(m)    for each stream i
     u_i      = g_i W_v e
     h'_i     = h_i + u_i + SiLU(conv(norm(u_i)))             depthwise and causal, with dilation N; zero at first
 
 Two n-grams may share a row of one head, but hardly of all heads: every head has a prime of its own. Before the start of
 a sequence, or of a document, all ids are that of a padding token.
 
-Where the sources differ: DeepSeek-V4.1 has no convolution (engram_conv_size None) and takes sign(0) as 1. The paper's
+N is engram_max_ngram_size. Where the sources differ: DeepSeek-V4.1 has no convolution (engram_conv_size None), an eps
+of 1e-20 in its norms, where this file takes norm_eps, and sign(0) as 1. The paper's
 demo adds biases to W_k and W_v, which V4.1 and this file do not have. V4.1 itself cannot be verified here: no trusted
 implementation of it exists. The form with a convolution is tested next to transformers' qwen4_exp.
 

@@ -242,16 +242,18 @@ class Transformer(nn.Module):
                 continue
             layers, shape = [i for i in range(c.n_layers) if has(i)], (*tokens.shape, k)
             got = [tuple(indices.shape) for indices in given]
+            if odd := [indices.dtype for indices in given if indices.dtype not in INTEGERS]:
+                raise ValueError(f"{name} has {odd[0]}; want int64, numbers of {field}")
             if got != [shape] * len(layers):
                 raise ValueError(
                     f"{name} has {len(got)} layers of {got[0] if got else ()}; want {len(layers)} of {shape}, the "
                     f"{field} of each token in each {kind}, as generate(routing=True) records them of the same tokens"
                 )
             for layer, indices in zip(layers, given, strict=True):
-                if ops.can_read_values(indices) and bool((indices >= limit).any()):
+                if ops.can_read_values(indices) and not _can_be_chosen(indices, limit):
                     raise ValueError(
-                        f"{name} names {field} up to {int(indices.max())}, which some token cannot choose; it is that "
-                        "of another model or of other tokens: record it again"
+                        f"{name} names {field} up to {int(indices.max())}, one twice or out of reach; "
+                        "it is that of another model or of other tokens: record it again"
                     )
                 found[layer][field] = indices
         return found
@@ -460,6 +462,13 @@ def _listed(found: list[Aux], c: ModelConfig, first: int = 0) -> tuple[list[Rout
         IndexerLoss(*(torch.stack(figures).mean() for figures in zip(*of, strict=True))) for of in by_source.values()
     ]
     return [aux.routing for aux in found if aux.routing is not None], means
+
+
+def _can_be_chosen(indices: Int[Tensor, "b s k"], limit: Any) -> bool:
+    """Return True for experts or keys of which none is `limit` or more, and none but -1 is twice in a row."""
+    rising = indices.sort(-1).values
+    twice = (rising[..., 1:] == rising[..., :-1]) & (rising[..., 1:] >= 0)
+    return not bool((indices >= limit).any() or twice.any())
 
 
 def check_documents(documents: Any, tokens: Int[Tensor, "b s"]) -> None:

@@ -1,5 +1,6 @@
 """Folders and arguments that are refused, each with a sentence that says what is wrong, before memory is taken."""
 
+import json
 import os
 import re
 import struct
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dsmini import MLA, Block, Gate, ModelConfig, MoE, RunConfig, Transformer, load_pretrained, save_pretrained
@@ -48,6 +50,16 @@ def test_header_that_names_a_tensor_twice_is_refused(folder: Path) -> None:
     header = re.sub(rb'("model.norm.weight":[^}]*})', rb"\1,\1", file[8:end])
     (folder / FILE).write_bytes(struct.pack("<Q", len(header)) + header + file[end:])
     assert f"the header of {folder}/{FILE} names {NORM!r} twice; keep one of" in refusal(load_pretrained, folder)
+
+
+def test_tensor_in_two_files_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / FILE)
+    (folder / FILE).unlink()
+    save_file(tensors, folder / "a.safetensors")
+    save_file({NORM: tensors[NORM]}, folder / "b.safetensors")
+    weight_map = dict.fromkeys(tensors, "a.safetensors") | {BIAS: "b.safetensors"}
+    (folder / f"{FILE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert f"has {NORM} in two files, a.safetensors and b.safetensors; want one" in refusal(load_pretrained, folder)
 
 
 @pytest.mark.parametrize("name", [FILE, "config.json"])

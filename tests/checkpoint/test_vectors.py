@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -348,10 +349,35 @@ def test_the_checker_says_what_is_wrong(written: Path, tmp_path: Path) -> None:
     assert "no such names: lm_head" in said(0, lm_head=wrong)
     tokens = expected["decode.tokens"] + 1
     assert "whole numbers differ; worst at [0, 0]" in said(1, **{"decode.tokens": tokens})
+    for tolerance in ("nan", "0", "-1", "inf"):
+        done = checked(folder, mine, "--tolerance", tolerance)
+        assert done.returncode == 2 and "want a number above 0" in done.stderr, done
     save_file({"other": wrong}, mine)
     assert checked(folder, mine).returncode == 2 and "none of the names" in checked(folder, mine).stderr
     mine.write_bytes(b"no tensors")
     assert checked(folder, mine).returncode == 2 and "want safetensors" in checked(folder, mine).stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("index.json", None, "No such file"),
+        ("index.json", "{", "error: "),
+        ("expected.safetensors", "v4", "not that of"),
+    ],
+)
+def test_a_damaged_folder_of_vectors_is_one_sentence(
+    written: Path, tmp_path: Path, file: str, text: str | None, said: str
+) -> None:
+    folder = tmp_path / "v3"
+    shutil.copytree(written / "v3", folder)
+    (folder / file).unlink()
+    if text == "v4":
+        shutil.copyfile(written / "v4" / file, folder / file)
+    elif text:
+        (folder / file).write_text(text)
+    done = checked(folder, written / "v3" / "expected.safetensors")
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done
 
 
 def test_wrong_arguments_are_one_sentence(tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ def test_a_replay_of_other_keys_is_refused(case: str) -> None:
     assert f"keys has 0 layers of (); want {len(keys)} {of}" in refusal(model.losses, x, y, keys=[])
     later = [layer.where(layer != 2, 20) for layer in keys]
     assert "keys names keys up to 2" in refusal(model.losses, x, y, keys=later)
+    assert "one twice" in refusal(model.losses, x, y, keys=[torch.zeros_like(layer) for layer in keys])
+    assert "keys has torch.float32; want int64" in refusal(model.losses, x, y, keys=[layer.float() for layer in keys])
     assert "leave out one" in refusal(model.losses, x, y, keys=keys, states=model.states(x))
     dense = model_of().eval()
     assert "want 0 of" in refusal(dense.losses, x, y, keys=keys)
