@@ -6,6 +6,7 @@
 """
 
 import dataclasses
+import zlib
 
 import torch
 
@@ -25,13 +26,18 @@ class OneRow(Engram):
 
 
 class RandomIds(Engram):
-    """An Engram that looks up n-grams of tokens drawn at random, others at every call, also where it is validated.
+    """An Engram that looks up n-grams of tokens drawn at random, others for every batch, also where it is validated.
 
     Its rows say nothing of the text. Tokens of the text in another order would tell a position what comes after it.
+    A batch as a whole is the seed. So torch's own generator, which may draw batches, does not move, and a layer that
+    is computed again for its gradients draws the same.
     """
 
     def hashed(self, context, stored=None):
-        drawn = torch.randint(len(self.compressed), context.tokens.shape, device=context.tokens.device)
+        tokens = context.tokens
+        generator = torch.Generator(tokens.device)
+        generator.manual_seed(zlib.crc32(tokens.cpu().numpy().tobytes(), self.layer))
+        drawn = torch.randint(len(self.compressed), tokens.shape, generator=generator, device=tokens.device)
         return super().hashed(dataclasses.replace(context, tokens=drawn), stored)
 
 
