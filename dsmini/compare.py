@@ -29,6 +29,7 @@ from dsmini.console.commandline import parse, refuse_twice
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.reading import find_config, read_toml
+from dsmini.report.figures import plain
 from dsmini.report.units import plural
 
 if TYPE_CHECKING:
@@ -158,29 +159,25 @@ def _report(command: CompareCommand, folder: Path, console: Console) -> int:
             continue
         found += [results] if results is not None and results.lines else []
     require(bool(found), f"{folder} has no results of comparisons (*.jsonl); run one, see --help")
-    _answer(command, found, folder / "forest.png", console, folder)
+    _answer(command, found, folder / "forest.png", console)
     return 0
 
 
-def _answer(
-    command: CompareCommand, found: "list[Results]", picture: Path, console: Console, folder: Path | None = None
-) -> None:
+def _answer(command: CompareCommand, found: "list[Results]", picture: Path, console: Console) -> None:
     """Show answers in the terminal, as a picture, and as JSON; those of a folder with their trends."""
-    from dsmini.comparison import trend
-    from dsmini.comparison.answer import draw, record_of, show
+    from dsmini.comparison.answer import answer_of, draw, show
+    from dsmini.comparison.trend import answer_of_trends, ladders_of
 
-    for results in found:
-        show(console, results)
-    draw(picture, found)
-    say(console, f"picture {picture}")
-    ladders = [] if folder is None else trend.ladders_of(found)
-    if folder is not None and ladders:
-        for ladder in ladders:
-            trend.show(console, ladder, folder)
-        trend.draw(folder / "trends.png", ladders)
-        say(console, f"picture {folder / 'trends.png'}")
+    answers = [answer_of(results) for results in found]
+    trends = [*map(answer_of_trends, ladders_of(found))] if command.report else []
+    for path, of in ((picture, answers), (picture.with_name("trends.png"), trends)):
+        for answer in of:
+            show(console, answer)
+        if of:
+            draw(path, of)
+            say(console, f"picture {path}")
     if command.json:
-        records = [*map(record_of, found), *map(trend.record_of, ladders)]
+        records = plain([answer.record for answer in (*answers, *trends)])
         print(json.dumps(records if command.report else records[0]))
 
 

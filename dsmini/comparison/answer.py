@@ -1,10 +1,11 @@
-"""The answer of a comparison: a table for the terminal, a forest plot, and JSON."""
+"""The answer of a comparison: a table for the terminal, sentences, rows of a forest plot, and JSON."""
 
 import dataclasses
 import math
 import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,63 +16,127 @@ from dsmini.comparison.results import Results
 from dsmini.comparison.verdict import LEAST_PAIRS, MOST_SEEDS, Verdict, by_flips, seeds_to_decide, skewness, verdicts
 from dsmini.console.messages import say
 from dsmini.measure.turns import Estimate, mean_of
-from dsmini.report.figures import Table, Toned, plain
+from dsmini.report.figures import Table, Toned
 from dsmini.report.tables import show_table
 from dsmini.report.units import number, plural
 
-COLOURS = {"better": "#2a7f3f", "worse": "#c8501e", "equal": "#1f4e8c", "undecided": "#7a7a7a", "diverged": "#c8501e"}
+INK, BLUE, ORANGE = "#444444", "#1f4e8c", "#c8501e"
+COLOURS = {
+    "better": "#2a7f3f",
+    "worse": ORANGE,
+    "equal": BLUE,
+    "holds": BLUE,
+    "undecided": "#7a7a7a",
+    "diverged": ORANGE,
+}
+"""Colours of verdicts; other words are black."""
+TONES = {"better": "near", "equal": "near", "holds": "near", "undecided": "off"}
 LOSS, TIME = "difference to the base in nats a byte\nleft is better; the band is the margin", "time\nbase = 1"
 RATIOS = (0.25, 4.0)
 """Ratios of time beyond which a mean is an arrow."""
-TONES = {"better": "near", "equal": "near", "worse": "far", "diverged": "far", "undecided": "off"}
 
 
-def verdicts_of(results: Results) -> dict[str, Verdict]:
-    """Return the verdict on each arm but the base."""
-    arms = results.names[1:]
-    found = {arm: results.differences(arm) for arm in arms}
-    return verdicts(found, results.head["margin"], {arm: results.diverged(arm) for arm in arms})
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A row of a forest plot."""
+
+    arm: str
+    at: str = ""
+    """Number of active parameters of the base, where they differ."""
+    word: str = "base"
+    differences: Sequence[float] = ()
+    """Paired differences in nats a byte."""
+    mean: Estimate | None = None
+    """Their mean, or a slope for each doubling of active parameters."""
+    ratios: Sequence[float] = ()
+    """Ratios of time."""
 
 
-def table_of(results: Results) -> Table:
-    """Return a row for each arm: its loss and the difference to the base in nats a byte, the verdict, time and bytes of
-    cache as shares of the base's (of the base its seconds), MaxVio, and the share of drafts that are taken."""
-    found, rows = verdicts_of(results), []
-    for arm in results.names:
-        losses = list(results.values(arm).values())
-        verdict = found.get(arm)
-        d = verdict and verdict.difference
-        rows.append(
-            [
-                arm,
-                str(len(losses)) + (f" and {n} diverged" if (n := results.diverged(arm)) else ""),
-                f"{statistics.fmean(losses):.4f}" if losses else "",
-                (f"{d.value:+.4f}" if d and d.turns else "")
-                + (f" ± {d.high - d.value:.4f}" if d and d.is_clear else ""),
-                Toned(verdict.word, TONES[verdict.word]) if verdict else "base",
-                _median_ratio(results, arm, results.clock) if verdict else _mean(results, arm, results.clock, " s"),
-                _median_ratio(results, arm, "cache_bytes"),
-                *(_mean(results, arm, figure) for figure in ("max_vio", "acceptance")),
-            ]
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """All that is told of a comparison, or of those of one question at several sizes."""
+
+    title: str
+    margin: float
+    table: Table
+    sentences: Sequence[str]
+    rows: Sequence[Row]
+    record: dict[str, Any]
+    """The answer as JSON has it."""
+
+
+def answer_of(results: Results) -> Answer:
+    """Return the answer of a comparison; of a claim it also tells what was expected, and who made it."""
+    head, (base, *arms) = results.head, results.names
+    differences = {arm: results.differences(arm) for arm in arms}
+    found = verdicts(differences, head["margin"], {arm: results.diverged(arm) for arm in arms})
+    rows = [
+        Row(
+            arm=arm,
+            word=verdict.word,
+            differences=differences[arm],
+            mean=verdict.difference,
+            ratios=_ratios(results, arm, results.clock),
         )
-    columns = ["arm", "seeds", "loss", "difference, 95 %", "verdict", "time", "cache", "MaxVio", "drafts"]
-    used = [
-        i
-        for i, name in enumerate(columns)
-        if any(row[i] not in ("", "1.00" if name == "cache" else "") for row in rows)
+        for arm, verdict in found.items()
     ]
-    names = [columns[i] for i in used]
-    return Table(
-        columns=names, rows=[[row[i] for i in used] for row in rows], numeric=[n for n in names if n not in NOT_NUMBERS]
+    said = [f"{key}: {head[key]}" for key in ("source", "hypothesis") if head[key]]
+    return Answer(
+        title=head["question"] or results.path.stem,
+        margin=head["margin"],
+        table=_table(results, found),
+        sentences=[*said, *_sentences(results, found)],
+        rows=[Row(arm=base), *rows],
+        record=_record(results, found),
     )
 
 
-NOT_NUMBERS = ("arm", "verdict")
+def show(console: Console, answer: Answer) -> None:
+    """Print the table and the sentences."""
+    show_table(console, answer.table, answer.title)
+    for line in answer.sentences:
+        say(console, line)
 
 
-def _mean(results: Results, arm: str, figure: str, unit: str = "") -> str:
-    values = list(results.values(arm, figure).values())
-    return f"{number(statistics.fmean(values))}{unit}" if values else ""
+def in_words(d: Estimate | None) -> str:
+    """Return a mean and half of its 95 % interval, as far as they are known."""
+    if d is None or not d.turns:
+        return ""
+    return f"{d.value:+.4f}" + (f" ± {d.high - d.value:.4f}" if d.is_clear else "")
+
+
+def toned(word: str) -> Toned:
+    """Return a word with its colour in a terminal."""
+    return Toned(word, TONES.get(word, "far"))
+
+
+def _table(results: Results, found: Mapping[str, Verdict]) -> Table:
+    """Return a row for each arm: its loss and the difference to the base in nats a byte, the verdict, time and bytes of
+    cache as shares of the base's (of the base its seconds), MaxVio, and the share of drafts that are taken."""
+    columns = ["arm", "seeds", "loss", "difference, 95 %", "verdict", "time", "cache", "MaxVio", "drafts"]
+    rows = list[list[str]]()
+    for arm in results.names:
+        runs, lost, verdict = len(results.values(arm)), results.diverged(arm), found.get(arm)
+        loss, seconds, *shares = (results.mean(arm, each) for each in ("loss", results.clock, "max_vio", "acceptance"))
+        time, cache = (_ratios(results, arm, figure) for figure in (results.clock, "cache_bytes"))
+        own = "" if seconds is None else f"{number(seconds)} s"
+        rows.append(
+            [
+                arm,
+                f"{runs} and {lost} diverged" if lost else str(runs),
+                "" if loss is None else f"{loss:.4f}",
+                in_words(verdict and verdict.difference),
+                toned(verdict.word) if verdict else "base",
+                _median(time) if verdict else own,
+                _median(cache),
+                *("" if share is None else number(share) for share in shares),
+            ]
+        )
+    same = {"cache": "1.00"}
+    used = [i for i, name in enumerate(columns) if any(row[i] not in ("", same.get(name)) for row in rows)]
+    names = [columns[i] for i in used]
+    numeric = [name for name in names if name not in ("arm", "verdict")]
+    return Table(columns=names, rows=[[row[i] for i in used] for row in rows], numeric=numeric)
 
 
 def _ratios(results: Results, arm: str, figure: str) -> list[float]:
@@ -80,17 +145,16 @@ def _ratios(results: Results, arm: str, figure: str) -> list[float]:
     return [mine[seed] / base[seed] for seed in sorted(mine.keys() & base.keys()) if base[seed]]
 
 
-def _median_ratio(results: Results, arm: str, figure: str) -> str:
-    ratios = _ratios(results, arm, figure)
+def _median(ratios: Sequence[float]) -> str:
     return f"{statistics.median(ratios):.2f}" if ratios else ""
 
 
-def sentences(results: Results) -> list[str]:
+def _sentences(results: Results, found: Mapping[str, Verdict]) -> list[str]:
     """Return what was found, in a sentence for each arm."""
     base, margin, told = results.names[0], results.head["margin"], []
     if lost := results.diverged(base):
         told.append(f"{base} diverged in {plural(lost, 'run')}, whose pairs do not count.")
-    for arm, verdict in verdicts_of(results).items():
+    for arm, verdict in found.items():
         d = verdict.difference
         if verdict.word == "diverged":
             told.append(f"{arm} diverged in {results.diverged(arm)} of its runs.")
@@ -126,92 +190,70 @@ def _seeds_needed(results: Results, arm: str, verdict: Verdict) -> int | None:
     return seeds_to_decide(results.differences(arm), results.head["margin"], len(results.names) - 1)
 
 
-def show(console: Console, results: Results) -> None:
-    """Print the table and the sentences, and of a claim what was expected and who made it."""
-    show_table(console, table_of(results), results.head["question"] or results.path.stem)
-    for key in ("source", "hypothesis"):
-        if results.head[key]:
-            say(console, f"{key}: {results.head[key]}")
-    for line in sentences(results):
-        say(console, line)
-
-
-def record_of(results: Results) -> dict[str, Any]:
-    """Return the answer as JSON has it."""
-    found = verdicts_of(results)
-    arms = {
-        arm: {
+def _record(results: Results, found: Mapping[str, Verdict]) -> dict[str, Any]:
+    """Return the answer as JSON has it. Seconds are paired as losses are."""
+    arms = dict[str, dict[str, Any]]()
+    for arm in results.names:
+        verdict, times = found.get(arm), results.differences(arm, results.clock)
+        arms[arm] = {
             "runs": len(results.values(arm)),
             "diverged": results.diverged(arm),
-            **{
-                name: statistics.fmean(values) if (values := list(results.values(arm, figure).values())) else None
-                for name, figure in (("loss", "loss"), ("seconds", results.clock))
-            },
-            **(dataclasses.asdict(found[arm]) if arm in found else {}),
-            "seconds_difference": _seconds(results, arm) if arm in found else None,
-            "seeds_needed": _seeds_needed(results, arm, found[arm]) if arm in found else None,
+            "loss": results.mean(arm, "loss"),
+            "seconds": results.mean(arm, results.clock),
+            **(dataclasses.asdict(verdict) if verdict else {}),
+            "seconds_difference": dataclasses.asdict(mean_of(times)) if verdict and len(times) > 1 else None,
+            "seeds_needed": verdict and _seeds_needed(results, arm, verdict),
         }
-        for arm in results.names
-    }
     head = {key: results.head[key] for key in ("dsmini", "question", "margin")}
-    return plain({"file": str(results.path), **head, "arms": arms})
+    return {"file": str(results.path), **head, "arms": arms}
 
 
-def _seconds(results: Results, arm: str) -> dict[str, Any] | None:
-    """Return the seconds of an arm less the base's, paired as losses are; None without two runs that have both."""
-    found = results.differences(arm, results.clock)
-    return dataclasses.asdict(mean_of(found)) if len(found) > 1 else None
-
-
-def draw(path: Path, all_results: Sequence[Results]) -> None:
-    """Write a forest plot as PNG: for each arm the paired differences, their mean and its 95 % interval; next to them
-    the ratios of time."""
+def draw(path: Path, answers: Sequence[Answer]) -> None:
+    """Write a forest plot as PNG: in each row paired differences, their mean and its 95 % interval; next to them the
+    ratios of time."""
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
     from matplotlib.patches import Rectangle
     from matplotlib.transforms import blended_transform_factory
 
-    def escaped(words: str) -> str:
-        return words.replace("$", r"\$")  # between two of them would be a formula
+    def escaped(words: str, most: int) -> str:
+        cut = textwrap.shorten(words, most, placeholder="...")
+        return cut.replace("$", r"\$")  # between two of them would be a formula
 
-    found = [(results, verdicts_of(results)) for results in all_results]
-    reach = _reach([verdict for _, of in found for verdict in of.values()], [each.head["margin"] for each, _ in found])
-    rows = [(results, arm, of.get(arm)) for results, of in found for arm in ("", *results.names)]
-    figure = Figure(figsize=(9, 0.8 + 0.3 * len(rows)), layout="constrained")
+    reach = _reach(answers)
+    number_of_rows = sum(1 + len(answer.rows) for answer in answers)
+    figure = Figure(figsize=(9, 0.8 + 0.3 * number_of_rows), layout="constrained")
     axes, clock = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
     across = blended_transform_factory(figure.transFigure, axes.transData)
     ticks: list[tuple[str, str]] = []
-    for y, (results, arm, verdict) in enumerate(rows):
-        margin, label = results.head["margin"], textwrap.shorten(arm, 40, placeholder="...")
-        if not arm:
-            title = textwrap.shorten(results.head["question"] or results.path.stem, 110, placeholder="...")
-            band = Rectangle((0, y - 0.5), 1, 1, transform=across, color="#ececec", clip_on=False, zorder=3)
-            axes.add_patch(band).set_in_layout(False)
-            axes.text(0.01, y, escaped(title), transform=across, va="center", zorder=4).set_in_layout(False)
-            ticks.append(("", "black"))
-            continue
-        axes.fill_betweenx([y - 0.5, y + 0.5], -margin, margin, color="#9db4d0", alpha=0.25, linewidth=0)
-        if verdict is None:
-            ticks.append((f"{label}:   base", "black"))
-            continue
-        d, colour = verdict.difference, COLOURS[verdict.word]
-        _plot(axes, y, results.differences(arm), d, (-reach, reach), colour)
-        if ratios := _ratios(results, arm, results.clock):
-            _plot(clock, y, ratios, mean_of(ratios), RATIOS, colour)
-        value = f" {d.value:+.4f}" if d.turns and math.isfinite(d.value) else ""
-        ticks.append((f"{label}:   {verdict.word}{value}, {plural(d.turns, 'seed')}", colour))
+    for answer in answers:
+        top, title = len(ticks), escaped(answer.title, 110)
+        band = Rectangle((0, top - 0.5), 1, 1, transform=across, color="#ececec", clip_on=False, zorder=3)
+        axes.add_patch(band).set_in_layout(False)
+        axes.text(0.01, top, title, transform=across, va="center", zorder=4).set_in_layout(False)
+        ticks.append(("", "black"))
+        bottom, margin = top + len(answer.rows), answer.margin
+        axes.fill_betweenx([top + 0.5, bottom + 0.5], -margin, margin, color="#9db4d0", alpha=0.25, linewidth=0)
+        for y, row in enumerate(answer.rows, top + 1):
+            size = f" ({row.at})" if row.at else ""
+            words, colour = f"{escaped(row.arm, 40 - len(size))}{size}:   {row.word}", COLOURS.get(row.word, "black")
+            if (d := row.mean) is not None:
+                _plot(axes, y, row.differences, d, (-reach, reach), colour)
+                words += (f" {d.value:+.4f}" if math.isfinite(d.value) else "") + f", {plural(d.turns, 'seed')}"
+            if row.ratios:
+                _plot(clock, y, row.ratios, mean_of(row.ratios), RATIOS, colour)
+            ticks.append((words, colour))
     for part, same, title in ((axes, 0, LOSS), (clock, 1, TIME)):
-        part.axvline(same, color="#444444", linewidth=0.8)
+        part.axvline(same, color=INK, linewidth=0.8)
         part.set_xlabel(title, fontsize=10)
         part.grid(axis="x", alpha=0.3)
         part.locator_params(axis="x", nbins=6 if part is axes else 3)
-    axes.set_yticks(range(len(ticks)), [escaped(words) for words, _ in ticks])
-    axes.tick_params(length=0)
-    clock.tick_params(length=0)
+        part.tick_params(axis="y", length=0)
+    axes.set_yticks(range(len(ticks)), [words for words, _ in ticks])
     clock.patch.set_visible(False)
     clock.set_zorder(-1)  # the bands of the titles lie above it
     for tick, (_, colour) in zip(axes.get_yticklabels(), ticks, strict=True):
         tick.set_color(colour)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.set_ylim(len(ticks) - 0.5, -0.5)
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
@@ -228,7 +270,8 @@ def _plot(axes: Any, y: int, points: Sequence[float], d: Estimate, limits: tuple
         axes.plot([at], [y], "o" if at == d.value else ">" if at == high else "<", color=colour, markersize=6)
 
 
-def _reach(verdicts: Sequence[Verdict], margins: Sequence[float]) -> float:
+def _reach(answers: Sequence[Answer]) -> float:
     """Return how far a plot reaches: beyond it, eight times as far as most intervals do, an arm would hide the rest."""
-    ends = [max(abs(d.low), abs(d.high)) for d in (verdict.difference for verdict in verdicts) if d.is_clear]
-    return max(8 * statistics.median(ends) if ends else math.inf, *margins)
+    means = [row.mean for answer in answers for row in answer.rows]
+    ends = [max(abs(d.low), abs(d.high)) for d in means if d and d.is_clear]
+    return max(8 * statistics.median(ends) if ends else math.inf, *(answer.margin for answer in answers))

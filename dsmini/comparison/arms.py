@@ -3,22 +3,21 @@
 import dataclasses
 import hashlib
 import inspect
-import math
 import os
 import re
 import runpy
 import shlex
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from modulefinder import ModuleFinder
 from pathlib import Path
 from typing import Any
 
 from dsmini.config import ModelConfig, RunConfig, TrainConfig
-from dsmini.config.fields import build, plain, refuse_unknown, require
+from dsmini.config.fields import build, check_types, plain, require, setting
 from dsmini.config.run import ParallelConfig
 from dsmini.machine import pick_device
 from dsmini.reading import TOO_DEEP, brief, find_config, read_bytes, read_toml
@@ -31,8 +30,6 @@ SMALL = ("train.steps=200", "train.final_eval_tokens=131072")
 MARGIN = 0.01
 """Default margin in nats a byte. Paired differences have deviations of 0.006 (a small model whose training ends) to
 0.04 (the toy after 200 steps), so 20 pairs know them within 0.003 to 0.02 (docs/claims)."""
-CLAIM = ("question", "source", "hypothesis", "margin", "base", "base_name", "set", "arms")
-"""Keys of a claim's file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +89,26 @@ class Comparison:
     hypothesis: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim's file."""
+
+    question: str = ""
+    source: str = ""
+    hypothesis: str = ""
+    margin: float | None = setting(None, above=0)
+    """Nats a byte, such as 0.01."""
+    base: str = "toy"
+    base_name: str = ""
+    set: tuple[str, ...] = ()
+    """Settings of all arms, such as train.steps=200."""
+    arms: dict[str, Any] = field(default_factory=dict)
+    """For each arm a list of settings, or the name of a config or of a function."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
 @contextmanager
 def _to_stderr() -> Iterator[None]:
     """Send what a block prints to the standard error, that of programs and libraries that it runs too."""
@@ -135,18 +152,18 @@ def changed(config: RunConfig, settings: Sequence[str], source: str) -> RunConfi
     Raises: ValueError for one without "=", an unknown key, or a wrong value.
     """
     table: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
+    for each in settings:
+        key, equals, text = each.partition("=")
         section, dot, name = key.strip().partition(".")
         homes = [part for part in ("model", "data", "train") if hasattr(getattr(config, part), key.strip())]
-        example = f"{homes[0]}.{setting}" if homes and equals else "model.n_mtp_layers=0"
-        require(bool(equals and dot), f"{source} has {brief(setting)}; want SECTION.KEY=VALUE, such as {example}")
+        example = f"{homes[0]}.{each}" if homes and equals else "model.n_mtp_layers=0"
+        require(bool(equals and dot), f"{source} has {brief(each)}; want SECTION.KEY=VALUE, such as {example}")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:
             value = text.strip()  # a word, such as dense, needs no quotes
         except RecursionError:
-            raise ValueError(f"{brief(setting)} {TOO_DEEP}") from None
+            raise ValueError(f"{brief(each)} {TOO_DEEP}") from None
         table.setdefault(section, {})[name.replace("-", "_")] = value
     return build(RunConfig, table, source, "", config)
 
@@ -186,14 +203,14 @@ def arms_of(words: Sequence[str], ideas: Sequence[str], common: Sequence[str]) -
     """
     named = bool(words) and not FUNCTION.fullmatch(words[0])
     base = RunConfig.from_file(find_config(Path(words[0]))) if named else RunConfig()
-    arms = [arm_of(words[:1] if named else [], base, common)]
+    arms, asked = [arm_of(words[:1] if named else [], base, common)], [[word] for word in words[named:]]
     for idea in ideas:
         require(bool(idea.strip()), "--idea '' changes nothing; want settings, such as model.n_mtp_layers=0")
         try:
-            shlex.split(idea)
+            asked.append(shlex.split(idea))
         except ValueError as error:
             raise ValueError(f"--idea {brief(idea)}: {str(error).lower()}; close its quotes") from None
-    for each in [*([word] for word in words[named:]), *map(shlex.split, ideas)]:
+    for each in asked:
         arm = arm_of(each, base, common)
         taken = any(other.name == arm.name for other in arms) and bool(arm.function)
         arms.append(replace(arm, name=f"{Path(each[0]).stem}:{arm.name}") if taken else arm)
@@ -235,36 +252,23 @@ def _measured(arm: Arm) -> tuple[RunConfig, str]:
 def read_claim(path: Path, settings: Sequence[str], margin: float | None) -> Comparison:
     """Read a claim: a TOML file with a question, its source, a hypothesis, a margin, a base, its name and [arms].
 
-    Each arm is a list of settings, or the name of a config or of a function.
-
     Raises: ValueError for unknown keys and for what arms_of refuses.
     """
-    table = read_toml(path)
-    refuse_unknown(table, list(CLAIM), path.name, "")
-    named = table.get("arms")
-    require(isinstance(named, Mapping) and bool(named), f"{path} has no [arms]; give each a list of settings")
-    assert isinstance(named, Mapping)
-    for key in ("question", "source", "hypothesis", "base", "base_name"):
-        require(isinstance(table.get(key, ""), str), f"{path}: {key} is {brief(table.get(key))}; want words in quotes")
-    common = table.get("set", [])
-    texts = isinstance(common, list) and all(isinstance(each, str) for each in common)
-    require(texts, f'{path}: set is {brief(common)}; want a list of settings, such as ["train.steps=200"]')
-    stated = table.get("margin")
-    fits = stated is None or (isinstance(stated, float) and 0 < stated < math.inf)
-    require(fits, f"{path}: margin is {brief(stated)}; want nats a byte, such as 0.01")
-    base = RunConfig.from_file(find_config(Path(table.get("base", "toy"))))
-    common = [*common, *settings]
-    arms = [arm_of([], base, common, str(table.get("base_name", "")))]
-    for name, of in named.items():
+    claim = build(Claim, read_toml(path), path.name, "")
+    require(bool(claim.arms), f"{path} has no [arms]; give each a list of settings")
+    base, common = RunConfig.from_file(find_config(Path(claim.base))), [*claim.set, *settings]
+    arms = [arm_of([], base, common, claim.base_name)]
+    for name, of in claim.arms.items():
         words = [of] if isinstance(of, str) else of
         require(isinstance(words, list) and bool(words), f"{path}: arms.{name} is {brief(of)}; want a list of settings")
         arms.append(arm_of([str(word) for word in words], base, common, name, path.parent))
+    stated = claim.margin
     require(stated is None or margin in (None, stated), f"{path} states the margin {stated}; leave --margin out")
     return Comparison(
         name=path.stem,
         arms=checked(arms),
-        margin=stated if stated is not None else margin if margin is not None else MARGIN,
-        question=table.get("question", ""),
-        source=table.get("source", ""),
-        hypothesis=table.get("hypothesis", ""),
+        margin=stated or margin or MARGIN,
+        question=claim.question,
+        source=claim.source,
+        hypothesis=claim.hypothesis,
     )

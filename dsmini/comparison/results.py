@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,11 @@ class Results:
         """Return a figure of an arm by seed, of the runs that have it and ended: times of others are too short."""
         lines = [line for line in self.lines if line["arm"] == arm and line["loss"] is not None]
         return {line["seed"]: line[figure] for line in lines if line.get(figure) is not None}
+
+    def mean(self, arm: str, figure: str) -> float | None:
+        """Return the mean of a figure of an arm; None if no run has it."""
+        values = self.values(arm, figure).values()
+        return statistics.fmean(values) if values else None
 
     def diverged(self, arm: str) -> int:
         """Return the number of an arm's runs that have no loss."""

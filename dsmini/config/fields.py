@@ -208,8 +208,9 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(repr, typing.get_args(hint)))
     words = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", Path: "a path"}
-    if hint in words:
-        return words[hint]
+    kind = typing.get_origin(hint) or hint
+    if kind in (words := words | {dict: "a table"}):
+        return words[kind]
     part = next(iter(typing.get_args(hint)), str)
     several = {int: "whole numbers", str: "texts"}
     return f"a list of {several.get(part) or ' and '.join(map(repr, typing.get_args(part)))}"

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from dsmini import ModelConfig, RunConfig, sources
-from dsmini.comparison.answer import draw, record_of, sentences
+from dsmini.comparison.answer import answer_of, draw
 from dsmini.comparison.arms import Arm, Comparison, arms_of, make_model_of, read_claim
 from dsmini.comparison.results import HEAD, Results, head_of, opened, read_results, refuse_other, reuse
 from dsmini.comparison.runs import Workers
@@ -225,33 +225,35 @@ def test_times_of_runs_that_diverged_do_not_count() -> None:
 
 def test_seeds_beyond_any_reach_are_not_a_number() -> None:
     results = results_of({"base": [(1.0, None)] * 6, "idea": [(1.5, None), (0.5001, None)] * 3}, margin=1e-9)
-    assert "with more than 100,000 would decide" in sentences(results)[0]
+    assert "with more than 100,000 would decide" in answer_of(results).sentences[0]
 
 
 def test_seconds_are_paired_as_losses_are(tmp_path: Path) -> None:
     """A run that was taken from another file has no time."""
     times = {"base": (8.0, 9.0, 10.0, None), "idea": (9.0, 11.0, 13.0, 99.0)}
     results = results_of({arm: [(1.0, seconds) for seconds in of] for arm, of in times.items()})
-    found = record_of(results)["arms"]["idea"]["seconds_difference"]
+    found = answer_of(results).record["arms"]["idea"]["seconds_difference"]
     half = 4.3027 / 3**0.5  # Student's t of two degrees of freedom; the deviation of 1, 2 and 3 is 1
     assert (found["value"], found["low"], found["turns"]) == (2.0, pytest.approx(2 - half, abs=1e-3), 3)
-    draw(tmp_path / "forest.png", [results])
+    draw(tmp_path / "forest.png", [answer_of(results)])
     results.lines = results.lines[3:5]
-    assert record_of(results)["arms"]["idea"]["seconds_difference"] is None
-    draw(tmp_path / "forest.png", [results])
+    assert answer_of(results).record["arms"]["idea"]["seconds_difference"] is None
+    draw(tmp_path / "forest.png", [answer_of(results)])
 
 
 def test_times_on_a_gpu_are_those_that_passed() -> None:
     results = results_of({"base": [(1.0, 8.0)], "idea": [(1.0, 8.0)]})
     assert results.clock == "cpu_seconds"
     results.lines = [line | {"device": "NVIDIA H100", "train_seconds": 2.0 + line["seed"]} for line in results.lines]
-    assert results.clock == "train_seconds" and record_of(results)["arms"]["idea"]["seconds"] == 2.0
+    assert results.clock == "train_seconds" and answer_of(results).record["arms"]["idea"]["seconds"] == 2.0
 
 
 def test_a_skewed_arm_is_said_to_be() -> None:
     losses = [1 + 0.01 * (2**i) / 100 for i in range(12)]
     results = results_of({"base": [(1.0, None)] * 12, "idea": [(loss, None) for loss in losses]})
-    assert any("its differences are skewed (+" in line and "by flips of signs" in line for line in sentences(results))
+    assert any(
+        "its differences are skewed (+" in line and "by flips of signs" in line for line in answer_of(results).sentences
+    )
 
 
 def test_a_gpu_keeps_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +294,7 @@ def test_a_file_of_something_else_is_refused_and_left(tmp_path: Path, text: str)
 )
 def test_a_claim_of_other_types_is_refused(tmp_path: Path, line: str) -> None:
     claim = written(tmp_path, f'{line}\n[arms]\nwide = ["model.dim=64"]\n', "wrong.toml")
-    assert line.replace("=", "is", 1) in refusal(read_claim, claim, [], None)
+    assert line.replace(" = ", "=", 1) in refusal(read_claim, claim, [], None)
 
 
 @pytest.mark.slow

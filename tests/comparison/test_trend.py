@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dsmini.comparison.answer import draw
 from dsmini.comparison.results import HEAD, Results, read_results
-from dsmini.comparison.trend import Word, draw, ladders_of, record_of, sentences, slope_of, trends_of, word_of
+from dsmini.comparison.trend import Word, answer_of_trends, ladders_of, slope_of, word_of
 from dsmini.measure.turns import students_t
 from tests.helpers.commands import finish
 
@@ -163,45 +164,53 @@ def test_comparisons_of_one_question_are_matched_by_size_and_arm() -> None:
         results_of(SIZES[1], {"a": [1.0]}, base="x"),
     ]
     (ladder,) = ladders_of([large, small, again, *other])
-    assert [*ladder.steps] == [SIZES[0], SIZES[2]] and ladder.steps[SIZES[0]] is small
-    trends = trends_of(ladder)
-    assert {arm: trend.word for arm, trend in trends.items()} == {"a": "holds", "b": "holds"}
-    assert trends["b"].differences[SIZES[2]].value == pytest.approx(0.02)
+    assert [*ladder] == [SIZES[0], SIZES[2]] and ladder[SIZES[0]] is small
+    trends = answer_of_trends(ladder).record["trends"]
+    assert {arm: trend["word"] for arm, trend in trends.items()} == {"a": "holds", "b": "holds"}
+    assert trends["b"]["differences"][SIZES[2]]["value"] == pytest.approx(0.02)
     assert ladders_of([small, again, *other]) == [], "one size"
 
 
-def test_runs_that_diverged_or_are_missing_are_said(tmp_path: Path) -> None:
+def test_runs_that_diverged_or_are_missing_are_said() -> None:
     steps = [results_of(size, {"a": around(0.01), "b": around(0.02)}) for size in SIZES]
     steps[1] = results_of(SIZES[1], {"a": [*around(0.01), None]})
     (ladder,) = ladders_of(steps)
-    (tmp_path / "of_400000.toml").write_text(f'question = "{QUESTION}"')
-    (tmp_path / "400000.toml").write_text(f'question = "{QUESTION}"')
-    (tmp_path / "other.toml").write_text('question = "Another?"')
-    (tmp_path / "broken.toml").write_text("[")
-    assert sentences(ladder, tmp_path) == [
+    answer = answer_of_trends(ladder)
+    assert answer.sentences == [
         "a diverged at 200,000 active parameters, in 1 of its runs.",
         "b has no two pairs at 200,000 active parameters; its trend leaves that size out.",
-        "of_400000.toml asks it too, and is not in the trend: it has no results of another size.",
     ]
-    trends = trends_of(ladder)
-    assert (trends["a"].word, trends["b"].word) == ("undecided", "holds")
-    assert [*trends["b"].differences] == [SIZES[0], SIZES[2]]
+    a, b = answer.record["trends"]["a"], answer.record["trends"]["b"]
+    assert (a["word"], b["word"], [*b["differences"]]) == ("undecided", "holds", [SIZES[0], SIZES[2]])
 
 
-def test_sizes_that_were_made_otherwise_are_said(tmp_path: Path) -> None:
+def test_sizes_that_were_made_otherwise_are_said() -> None:
     small, large = (results_of(size, {"a": around(0.01)}) for size in SIZES[:2])
     large.lines = [line | {"sources": "4567", "scored": [[1, 9]]} for line in large.lines]
     (ladder,) = ladders_of([small, large])
-    assert sentences(ladder, tmp_path) == [
+    assert answer_of_trends(ladder).sentences == [
         "Its sizes are of other sources, other bytes of the text; what seems a trend may come from these."
     ]
 
 
 def test_an_arm_with_one_size_has_no_slope(tmp_path: Path) -> None:
     (ladder,) = ladders_of([results_of(SIZES[0], {"a": around(0.01)}), results_of(SIZES[1], {"b": around(0.01)})])
-    assert {arm: trend.slope for arm, trend in trends_of(ladder).items()} == {"a": None, "b": None}
-    draw(tmp_path / "trends.png", [ladder])
-    assert json.loads(json.dumps(record_of(ladder)))["trends"]["a"]["slope"] is None
+    answer = answer_of_trends(ladder)
+    assert {arm: trend["slope"] for arm, trend in answer.record["trends"].items()} == {"a": None, "b": None}
+    draw(tmp_path / "trends.png", [answer])
+    assert [*answer.table.rows[1]] == ["a", "each doubling", "", "undecided"]
+
+
+def test_a_picture_has_each_size_and_below_them_the_slope() -> None:
+    small, large = (results_of(size, {"a": around(mean)}) for size, mean in ((SIZES[0], 0.02), (SIZES[1], 0.05)))
+    (ladder,) = ladders_of([large, small])
+    rows = answer_of_trends(ladder).rows
+    told = [(row.at, row.word, len(row.differences), row.mean and round(row.mean.value, 6)) for row in rows]
+    assert told == [
+        ("100,000", "worse", 9, 0.02),
+        ("200,000", "worse", 9, 0.05),
+        ("each doubling", "grows", 0, 0.03),
+    ]
 
 
 def test_a_number_of_parameters_that_is_none_is_refused(tmp_path: Path) -> None:
@@ -220,7 +229,7 @@ def test_a_report_shows_trends_of_two_sizes_and_none_of_one(tmp_path: Path) -> N
     assert not (tmp_path / "trends.png").exists()
     written(tmp_path, large)
     both = finish("dsmini.compare --report . --json", tmp_path)
-    for words in (f"{QUESTION} By active parameters of base", "at 100,000", "per doubling, 95 %", "grows", "+0.0300 ±"):
+    for words in (f"{QUESTION} By active parameters of base", "100,000", "each doubling", "grows", "+0.0300 ±"):
         assert words in both.stderr, words
     *_, trend = json.loads(both.stdout)
     assert trend["files"] == {"100000": "100000.jsonl", "200000": "200000.jsonl"}
