@@ -1,25 +1,28 @@
 """Search of deployments: all that fit, of which none is better at once for a user and for the price; and three points.
 
     gpus            1, 2, 4, ... and 3 times these, of a node, then of nodes, up to one for each routed expert
-    tensor          1, 2, 4, ... up to MOST_TENSOR that divide heads and GPUs
+    tensor          1, 2, 3, ... up to MOST_TENSOR that divide heads and GPUs
     batch           1, 2, 4, ... up to what fits in memory_share of the memory, smaller than the number of GPUs too
     micro_batches   1, or 2 where each GPU has a sequence for both
     drafts          0 to MOST_DRAFTS in decoding, where the model has multi-token prediction
 
 Each is served as serving.py says. A choice is by its estimate; its bound stands next to it. The front has the deployments
 of which no other gives a user and a GPU more tokens a second. The points are the cheapest one, which gives a GPU most
-tokens; the cheapest one in time (tpot, ttft), with the largest batch that is; and the fastest one for a user. `most` are
-bounds of all that were searched.
+tokens; the cheapest one in time (tpot, ttft), with the largest batch that is; and the fastest one for a user.
+
+The bound of a phase holds for more than was searched: on all numbers of GPUs up to two for each routed expert that the
+rules allow, with every tensor, every batch that fits, and each number of drafts up to MOST_DRAFTS.
 
 Rejected ones are counted by their reason. DeepSeek's own deployment (V3 report, section 3.4) is one candidate of V3 and V3.2.
 """  # noqa: E501
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from dsmini.accounting.tensors import divisors
 from dsmini.config.fields import require
 from dsmini.planner.hardware import Hardware
 from dsmini.planner.request import Inputs, Model, PlanRequest, is_v3, presets
@@ -53,6 +56,12 @@ class Deployments:
     """Number of candidates by the reason why they were left out."""
     misfit: str
     """Sentence about what does not fit, where nothing does; "" elsewhere."""
+    most_gpus: int
+    """Number of GPUs up to which the bound holds."""
+    least_time: float
+    """Bound: least time of an output token, or to the first one."""
+    most: float
+    """Bound: most tokens/s of a GPU."""
 
     @property
     def main(self) -> Served:
@@ -68,16 +77,6 @@ class Deployments:
                 best = each.gpu_tokens_per_second
                 found.append(each)
         return found
-
-    @property
-    def least_time(self) -> float:
-        """Bound of all: least time of an output token, or to the first one."""
-        return min(each.least_time for each in self.every)
-
-    @property
-    def most(self) -> float:
-        """Bound of all: most tokens/s of a GPU."""
-        return max(each.most_gpu_tokens_per_second for each in self.every)
 
 
 def resolve(inputs: Inputs, model: Model, h: Hardware) -> Inputs:
@@ -107,8 +106,11 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Deployments:
     """
     rejected, every, refused = Counter[str](), list[Served](), ""
     unfit: tuple[float, str] = math.inf, ""
-    for gpus, tensor in _groups(s, r, phase):
-        shape = Deployment(phase=phase, gpus=gpus, tensor=tensor, redundant=-s.c.n_routed_experts % gpus)
+    gpus, tensor = (r.decode_gpus, r.decode_tensor) if phase == "decode" else (r.prefill_gpus, r.prefill_tensor)
+    least, most = (gpus, gpus) if gpus else (1, _most_gpus(s, 2))
+    bounds = _bound(s, r, _shapes(s, phase, range(least, most + 1), tensor, s.h.node))
+    counts = [n for n in gpu_counts(s.h.node, _most_gpus(s, 1), (1, 3)) if n % (tensor or 1) == 0] or [tensor or 1]
+    for shape in _shapes(s, phase, [gpus] if gpus else counts, tensor, MOST_TENSOR):
         if said := misfit(shape, s.c, s.h):
             refused = refused or said
             rejected["not divisible"] += 1
@@ -120,7 +122,7 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Deployments:
             else:
                 every.append(Served(held))
     limit = (r.ttft or TTFT) if phase == "prefill" else (r.tpot or TPOT) / 1000
-    how: dict[str, Any] = {"phase": phase, "limit": limit, "rejected": rejected}
+    how: dict[str, Any] = {"phase": phase, "limit": limit, "rejected": rejected, "most_gpus": most, **bounds}
     if not every:
         few = f"micro_batches={r.micro_batches} need as many sequences of each GPU; use 1, or more sequences"
         require(bool(unfit[1]), refused or few)
@@ -138,8 +140,8 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Deployments:
 
     if r.sequences is None and phase == "decode":
         largest = {replace(each.d, batch=1): each for each in timely}.values()  # batches are in order
-        most = max(map(rate, timely), default=0.0)
-        timely += [_fuller(each, limit) for each in largest if rate(each) > most / 2]
+        best = max(map(rate, timely), default=0.0)
+        timely += [_fuller(each, limit) for each in largest if rate(each) > best / 2]
     points = {IN_TIME: max(timely, key=rate)} if timely else {}
     every += [each for each in points.values() if each not in every]
     points |= {CHEAPEST: max(every, key=rate), FASTEST: fastest}
@@ -153,24 +155,50 @@ def search(s: Service, r: PlanRequest, phase: Phase) -> Deployments:
     return Deployments(**how, every=every, points=points, misfit="")
 
 
-def _groups(s: Service, r: PlanRequest, phase: Phase) -> Iterator[tuple[int, int]]:
-    """Yield numbers of GPUs, and of those that share sequences."""
-    gpus, tensor = (r.decode_gpus, r.decode_tensor) if phase == "decode" else (r.prefill_gpus, r.prefill_tensor)
-    moe, h = s.m.moe_layers > 0, s.h
-    most = max(h.node, s.c.n_routed_experts) if moe and h.networked else h.node
-    counts = [gpus] if gpus else [n for n in gpu_counts(h.node, most, (1, 3)) if n % (tensor or 1) == 0]
-    for count in counts or [tensor or 1]:
-        shared = [tensor] if tensor else [2**i for i in range(MOST_TENSOR.bit_length()) if 2**i <= min(count, h.node)]
-        for each in shared if moe or tensor else [count]:
-            yield count, each
+def _most_gpus(s: Service, of_expert: int) -> int:
+    """Return the most GPUs of a deployment: a node's, or some for each routed expert."""
+    return max(s.h.node, of_expert * s.c.n_routed_experts) if s.m.moe_layers and s.h.networked else s.h.node
+
+
+def _shapes(s: Service, phase: Phase, counts: Iterable[int], tensor: int | None, most: int) -> Iterator[Deployment]:
+    """Yield deployments on some numbers of GPUs, of which up to `most` share sequences; without experts all do."""
+    every = [n for n in divisors(s.c.n_heads, most) if n <= s.h.node]
+    for gpus in counts:
+        shared = [n for n in every if n <= gpus] if s.m.moe_layers else [gpus]
+        for each in [tensor] if tensor else shared:
+            yield Deployment(phase=phase, gpus=gpus, tensor=each, redundant=-s.c.n_routed_experts % gpus)
+
+
+def _bound(s: Service, r: PlanRequest, shapes: Iterable[Deployment]) -> Mapping[str, float]:
+    """Return the least time, and the most tokens/s of a GPU, of all deployments that fit.
+
+    A larger batch never takes less time nor gives a GPU less, so one sequence and as many as fit decide.
+    """
+    least, most = math.inf, 0.0
+    for shape in shapes:
+        if misfit(shape, s.c, s.h):
+            continue
+        for drafts in _drafts(s, r, shape.phase):
+            room = ServingMemory(s, replace(shape, drafts=drafts))
+            batches = {1, max(1, int(room.sequences_that_fit))}
+            if r.sequences is not None and shape.phase == "decode":
+                batches = {r.sequences * shape.gpus}
+            held = [ServingMemory(s, replace(room.d, batch=batch)) for batch in batches]
+            for each in (Served(one) for one in held if not one.misfit):
+                least, most = min(least, each.least_time), max(most, each.most_gpu_tokens_per_second)
+    return {"least_time": least, "most": most}
+
+
+def _drafts(s: Service, r: PlanRequest, phase: Phase) -> Iterable[int]:
+    """Return the numbers of drafts to try."""
+    if phase == "prefill" or not s.c.n_mtp_layers:
+        return [0]
+    return range(MOST_DRAFTS + 1) if r.drafts is None else [r.drafts]
 
 
 def _candidates(s: Service, r: PlanRequest, shape: Deployment) -> Iterator[ServingMemory]:
     """Yield the memory of GPUs with each number of drafts and each batch that fits, or the smallest."""
-    every_draft = range(MOST_DRAFTS + 1) if r.drafts is None else [r.drafts]
-    if shape.phase == "prefill" or not s.c.n_mtp_layers:
-        every_draft = [0]
-    for drafts in every_draft:
+    for drafts in _drafts(s, r, shape.phase):
         for d in _batches(ServingMemory(s, replace(shape, drafts=drafts)), r):
             yield ServingMemory(s, d)
 

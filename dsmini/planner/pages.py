@@ -24,7 +24,7 @@ from dsmini.planner.plan import WORKLOAD, Plan, Variant, changed, compared, make
 from dsmini.planner.request import LAYOUT, SERVING, Model, PlanRequest, is_v3, presets
 from dsmini.planner.run import Run
 from dsmini.planner.search import EVERY, Search, what_would_fit
-from dsmini.planner.serving import PHASES, Served
+from dsmini.planner.serving import PHASES, PRODUCTS, Served
 from dsmini.report import Detail, Plot, Report, Section, Series, Table
 from dsmini.report.figures import plain
 from dsmini.report.units import human, in_words, plural
@@ -92,7 +92,18 @@ def _model(plan: Plan) -> list[str]:
         said += f" In serving the host's memory holds Engram's tables, {f['engram_bytes']}, of which it reads "
         said += f"{f['engram_read']}; that time is not planned."
     left = ", ".join(f"{name}={getattr(plan.model.config, name)}" for name in plan.model.defaults)
-    return [said, f"sizes that its file leaves to dsmini's defaults: {left}."] if left else [said]
+    left = f"sizes that its file leaves to dsmini's defaults: {left}." if left else ""
+    return [line for line in (said, left, _forced(plan)) if line]
+
+
+def _forced(plan: Plan) -> str:
+    """Return why weights are not served in the dtype of the release, where the hardware forces that; "" elsewhere."""
+    released, dtype, h = plan.model.released.weights, plan.request.weight_dtype, plan.hardware
+    if plan.asked.weight_dtype or released is None or dtype in (None, released):
+        return ""
+    units = " or ".join(PRODUCTS[released])
+    other = "; --weight-dtype int8 takes units that it has" if "int8" in h.peaks else ""
+    return f"weights are served in {dtype}, since {h.title} has no {units} units{other}."
 
 
 def _training(plan: Plan) -> list[str]:
@@ -138,7 +149,7 @@ def _layout(r: Layout) -> str:
 
 def _served(plan: Plan, found: Deployments) -> list[str]:
     """Return the points of a search, its bound, and why other deployments were left out."""
-    r, phase, service = plan.request, found.phase, found.main.s
+    r, phase = plan.request, found.phase
     limit = human(found.limit, "s")
     points = [(f"cheapest in {limit}" if name == IN_TIME else name, each) for name, each in found.points.items()]
     names = [(" and ".join(name for name, other in points if other is each), each) for _, each in points]
@@ -147,17 +158,37 @@ def _served(plan: Plan, found: Deployments) -> list[str]:
     lines = list(dict.fromkeys(lines))
     if IN_TIME not in found.points:
         lines.insert(0, f"no deployment {'gives a token' if phase == 'decode' else 'reads a prompt'} in {limit}.")
-    share = f"{100 * service.a['memory_share']:.3g} % of the memory"
-    what = f"{plural(int(service.tokens[phase]), 'token')}, {service.dtype} weights, {service.cache.dtype} cache"
-    if drafts := max(each.d.drafts for each in found.every):
-        what += f", at most {plural(drafts, 'draft')} accepted with {100 * r.acceptance:.3g} %"
+    bound = f"bound of {_searched(found, r)}: {_most(found)}."
+    out = ", ".join(f"{n:,} {why}" for why, n in found.rejected.items() if n)
     sizes = sorted({each.d.gpus for each in found.every})
     on = plural(sizes[0], "GPU") if len(sizes) == 1 else f"{len(sizes)} numbers of GPUs up to {sizes[-1]}"
-    first = f"a first token in at least {human(found.least_time, 's')}"
-    user = f"a user at most {human(1 / found.least_time, 'token/s')}" if phase == "decode" else first
-    said = f"bound of {len(found.every):,} deployments on {on}, in {share}, with {what}: {user}, a GPU at most "
-    out = ", ".join(f"{n:,} {why}" for why, n in found.rejected.items() if n)
-    return [*lines, said + human(found.most, "token/s") + (f". Left out: {out}." if out else ".")]
+    bound += f" Estimated: {plural(len(found.every), 'deployment')} on {on}; left out: {out or 'none'}."
+    return [*lines, bound]
+
+
+def _searched(found: Deployments, r: PlanRequest) -> str:
+    """Return which deployments a bound holds for."""
+    s, phase = found.main.s, found.phase
+    gpus, tensor = (r.decode_gpus, r.decode_tensor) if phase == "decode" else (r.prefill_gpus, r.prefill_tensor)
+    on = f"{'' if gpus or found.most_gpus == 1 else 'up to '}{plural(found.most_gpus, 'GPU')}"
+    on += f", tensor {tensor}" if tensor else ""
+    on += f", {plural(r.sequences, 'sequence')} of each" if r.sequences and phase == "decode" else ""
+    said = f"any deployment on {on}, in {100 * s.a['memory_share']:.3g} % of the memory, with "
+    said += f"{plural(int(s.tokens[phase]), 'token')}, {s.dtype} weights, {s.cache.dtype} cache"
+    if s.c.attention == "dsa" or s.c.compress_ratios is not None:
+        said += f", {r.indexer_dtype} indexer"
+    if drafts := max(each.d.drafts for each in found.every):
+        few = "" if r.drafts else "at most "
+        said += f", {few}{plural(drafts, 'draft')} accepted with {100 * r.acceptance:.3g} %"
+    return said
+
+
+def _most(found: Deployments) -> str:
+    """Return the bound of a phase."""
+    user = f"a first token in at least {human(found.least_time, 's')}"
+    if found.phase == "decode":
+        user = f"a user at most {human(1 / found.least_time, 'token/s')}"
+    return f"{user}, a GPU at most {human(found.most, 'token/s')}"
 
 
 def _point(each: Served, priced: bool) -> str:
@@ -213,7 +244,7 @@ def plan_record(plan: Plan) -> Record:
             phase: {
                 "points": {name: point_record(each, not plan.misfit) for name, each in of.points.items()},
                 "front": [point_record(each, not plan.misfit) for each in of.front],
-                "bound": {"least_time": of.least_time, "gpu_tokens_per_second": of.most},
+                "bound": {"gpus": of.most_gpus, "least_time": of.least_time, "gpu_tokens_per_second": of.most},
                 "left_out": {why: n for why, n in of.rejected.items() if n},
             }
             for phase, of in found.items()
@@ -454,6 +485,7 @@ def _comparison(
         f"{each.at}: serving is not planned: {p.unserved}" for each, p in made if p.unserved not in ("", unserved)
     ]
     warnings += [f"{each.at}: {n} does not fit: {said}" for each, p in made for n, said in p.misfit.items()]
+    warnings += [f"{each.at}: {said}" for each, p in made if (said := _forced(p))]
     unpriced = sorted({p.hardware.name for _, p in made if p.hardware.price is None})
     if unpriced and any(p.hardware.price for _, p in made):
         warnings.append(f"no price of {', '.join(unpriced)} is published; --price, in dollars an hour, adds costs")

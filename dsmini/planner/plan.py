@@ -196,8 +196,8 @@ def make_plan(
         **{"model": model, "hardware": hardware, "asked": asked, "inputs": inputs, "m": m, "chosen": chosen},
         **{"run": run, "service": service, "unusable": unusable},
     )
-    of_serving = (*SERVING, "tpot", "ttft")
-    require(before is not None or not request.given(of_serving) or not plan.unserved, plan.unserved)
+    if before is None and request.given((*SERVING, "tpot", "ttft")) and plan.unserved:
+        raise ValueError(plan.unserved)
     return plan
 
 

@@ -87,20 +87,28 @@ class Row:
         sizes: dict[str, Any] = {f"{phase}_gpus": gpus, f"{phase}_tensor": tensor}
         return PlanRequest(**sizes, drafts=self.drafts if self.service.c.n_mtp_layers else None)
 
-    def served(self, phase: Phase, own: bool) -> list[Served]:
-        """Return the deployments of the row's own layout, or all of any."""
+    def served(self, phase: Phase) -> Served | None:
+        """Return the deployment of the row's own layout; None where the source does not state it."""
         batch = self.total or (self.batch or 0) * (self.gpus or 0)
-        if own and batch and self.gpus:
-            spare = -self.service.c.n_routed_experts % self.gpus
-            d = Deployment(phase=phase, gpus=self.gpus, tensor=self.tensor or 1, redundant=spare, batch=batch,
-                           micro_batches=self.micro_batches, drafts=self.drafts)  # fmt: skip
-            return [serve(self.service, d)]
-        return list(search(self.service, self.asked(phase, own), phase).every)
+        if not (batch and self.gpus):
+            return None
+        spare = -self.service.c.n_routed_experts % self.gpus
+        d = Deployment(phase=phase, gpus=self.gpus, tensor=self.tensor or 1, redundant=spare, batch=batch,
+                       micro_batches=self.micro_batches, drafts=self.drafts)  # fmt: skip
+        return serve(self.service, d)
+
+    def ends(self, phase: Phase, own: bool) -> tuple[float, float]:
+        """Return the least time, and the most tokens/s of a GPU, of the row's own layout or of any."""
+        one = self.served(phase) if own else None
+        if one is not None:
+            return one.least_time, one.most_gpu_tokens_per_second
+        found = search(self.service, self.asked(phase, own), phase)
+        return found.least_time, found.most
 
 
 def accepted(length: float, drafts: int) -> float:
     """Return the probability with which this many drafts give this length, by halving."""
-    low, high = 1e-6, 1 - 1e-6
+    low, high, p = 1e-6, 1 - 1e-6, 0.5
     for _ in range(60):
         p = (low + high) / 2
         low, high = (p, high) if sum(p**i for i in range(drafts + 1)) < length else (low, p)
@@ -120,14 +128,10 @@ def bound(row: Row, own: bool) -> float:
     if row.phase == "training":
         return trained(row)["bound"]
     if row.user is not None:
-        return max(each.most_tokens_per_second for each in row.served("decode", own))
-
-    def most(phase: Phase) -> float:
-        return max(each.most_gpu_tokens_per_second for each in row.served(phase, own))
-
+        return 1 / row.ends("decode", own)[0]
     if row.phase == "prefill":
-        return most("prefill")
-    return together(row, most("decode"), most("prefill") if row.prompt else 1.0)
+        return row.ends("prefill", own)[1]
+    return together(row, row.ends("decode", own)[1], row.ends("prefill", own)[1] if row.prompt else 1.0)
 
 
 def estimate(row: Row) -> float | None:
@@ -136,7 +140,8 @@ def estimate(row: Row) -> float | None:
         return None
     if row.phase == "training":
         return trained(row)["estimate"]
-    (one,) = row.served(row.phase, True)
+    one = row.served(row.phase)
+    assert one is not None, "a row with a half states its deployment"
     if row.user is not None:
         return one.tokens_per_second
     prefill = 1.0

@@ -160,12 +160,32 @@ def test_sentences_of_serving_count_and_name_what_is_served() -> None:
     assert lines[0] == "prefill    no deployment reads a prompt in 5 s."
     assert ", 1 prompt:" in " ".join(lines)
     for words, said, unsaid in (
-        ("", " on 11 numbers of GPUs up to 256, in 90 % of the memory, with 4,096 tokens, ", "1 tokens"),
-        ("", ", at most 3 drafts accepted with 85 %:", ""),
+        ("", "bound of any deployment on up to 512 GPUs, in 90 % of the memory, with 4,096 tokens, ", "1 tokens"),
+        ("", ", at most 3 drafts accepted with 85 %:", "indexer"),
+        ("", " deployments on 11 numbers of GPUs up to 256; left out: ", ""),
         ("drafts=0 decode_gpus=8", " on 8 GPUs, ", "accepted"),
+        (
+            "drafts=2 decode_gpus=8 decode_tensor=4 sequences=9",
+            " 8 GPUs, tensor 4, 9 sequences of each, in ",
+            "most 2",
+        ),
         ("context=1 decode_gpus=8", " with 1 token, ", "1 tokens"),
     ):
         (line,) = [
             line for line in ten_lines(plan_of(f"deepseek-v3 @h200 {words}")) if line.startswith("decode     bound")
         ]
         assert said in line and not (unsaid and unsaid in line), line
+
+
+def test_dtype_that_hardware_forces_is_told() -> None:
+    """On the screen and in comparisons: weights that are released in FP8 or FP4, where no units multiply them."""
+    for words, said in (
+        ("deepseek-v3 @a100-sxm", "bfloat16, since NVIDIA A100 SXM 80 GB has no fp8 units; --weight-dtype int8 takes"),
+        ("deepseek-v4-flash @a100-sxm", "bfloat16, since NVIDIA A100 SXM 80 GB has no fp4 or fp8 units; --weight-dt"),
+        ("deepseek-v3 @h200", ""),
+        ("deepseek-v3 @a100-sxm weight_dtype=int8", ""),
+    ):
+        told = [line for line in ten_lines(plan_of(words)) if "weights are served in" in line]
+        assert (said in told[0]) if said else not told
+    (section,) = varied("hardware=h200,ascend-910c", words="deepseek-v3 precision=bf16").sections
+    assert any(said.startswith("hardware=ascend-910c: weights are served in bf") for said in section.warnings)

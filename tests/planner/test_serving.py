@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import random
 import re
 from typing import Any
 
@@ -210,12 +211,42 @@ def test_search_finds_the_front_of_all_deployments(words: str, phase: Any) -> No
     assert found.points[CHEAPEST].gpu_tokens_per_second == max(g for _, g in points)
     assert found.points[FASTEST].time == min(t for t, _ in points)
     assert found.least_time == min(one.least_time for one in every)
-    assert found.most == max(one.most_gpu_tokens_per_second for one in [*every, found.main])
+    most = max(one.most_gpu_tokens_per_second for one in [*every, found.main])
+    same = found.most == pytest.approx(most, rel=1e-12)
+    assert same or (phase == "prefill" and found.most > most), "a bound has no largest number of prompts"
     if IN_TIME in found.points:
         main, groups = found.main, found.main.d.gpus // found.main.d.tensor
         assert main.time <= found.limit and main.gpu_tokens_per_second == max(g for t, g in points if t <= found.limit)
         more = ServingMemory(s, dataclasses.replace(main.d, batch=main.d.batch // groups * groups + groups))
         assert phase == "prefill" or more.misfit or Served(more).time > found.limit
+
+
+BOUNDED = ["deepseek-v3", "kimi-k2 @h200", "deepseek-v4-flash @gb200-nvl72", "deepseek-v3.2 @ascend-910c", "toy @h100"]
+
+
+@pytest.mark.parametrize("words", BOUNDED)
+def test_no_flags_give_more_than_the_bound(words: str) -> None:
+    """Numbers of GPUs, groups, batches and drafts at random, up to those that the bound is said to hold for."""
+    s, draw, compared = service_of(words), random.Random(words), 0
+    bounds = {phase: search(s, PlanRequest(), phase) for phase in PHASES}
+    for _ in range(100):
+        phase, flags = draw.choice(PHASES), dict[str, Any]()
+        most = bounds[phase].most_gpus
+        flags[f"{phase}_gpus"] = draw.choice([draw.randint(1, most), 8 * draw.randint(1, most // 8)])
+        flags[f"{phase}_tensor"] = draw.choice([None, None, 1, 2, 4, 8, 64])
+        if phase == "decode":
+            flags |= {"drafts": draw.choice([None, *range(4)]), "sequences": draw.choice([None, None, 1, 7, 250])}
+        try:
+            found = search(s, PlanRequest(**flags, micro_batches=draw.choice([None, 1, 2])), phase)
+        except ValueError:
+            continue
+        for each in (*found.every, *found.points.values()):
+            assert each.least_time >= bounds[phase].least_time, flags
+            assert each.most_gpu_tokens_per_second <= bounds[phase].most * (1 + 1e-12), flags
+            compared += 1
+        assert found.least_time >= bounds[phase].least_time
+        assert found.most <= bounds[phase].most * (1 + 1e-12)
+    assert compared > 100
 
 
 @pytest.mark.parametrize("words", ["deepseek-v3", "deepseek-v4-flash @gb200-nvl72", "kimi-k2 @mi300x"])
