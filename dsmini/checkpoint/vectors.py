@@ -22,7 +22,6 @@ from dsmini.checkpoint.save import save_pretrained
 from dsmini.config import ModelConfig
 from dsmini.machine import on_threads
 from dsmini.nn import Transformer
-from dsmini.nn.compressed_cache import CompressedCache
 from dsmini.nn.dsa import hadamard
 from dsmini.nn.gate import Routing
 from dsmini.nn.hyper_connections import Mix
@@ -187,13 +186,13 @@ def cached_rows(model: Transformer, tokens: Tensor) -> dict[str, Tensor]:
     model(tokens, cache)
     for i, store in enumerate(cache.stores):
         rows, index, n = dict[str, Tensor](), store.index, s
-        if isinstance(store, CompressedCache):
+        if hasattr(store, "window"):  # of V4
             latest = torch.arange(s - (c.window_size or 0), s)[None] % store.window.data.shape[1]
             rows["window"] = store.window.read_at(latest, torch.float32)
-            if store.entries is not None:
+            if hasattr(store, "entries"):
                 n = store.entries.data.shape[1]
                 rows["entries"] = store.entries.read(n, torch.float32)
-            index = None if not isinstance(index, CompressedCache) else index.entries
+            index = index and index.entries
         else:
             rows["latent"], rows["k_rope"] = store.read(s, torch.float32).tensor_split((c.kv_lora_rank,), -1)
         if index is not None:

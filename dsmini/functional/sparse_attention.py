@@ -4,7 +4,7 @@ A long context's products of all heads and attention to all pairs never exist to
 """
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -112,63 +112,37 @@ def indexer_agreement_eager(
     other_lse: Tensor | None = None,
     tokens: int = 1,
 ) -> Tensor:
+    """Compare a block of queries at a time, and compute its gradient at once. First derivatives only."""
     assert start == 0, "whole sequences are compared"
-    options = (main_q, main_k, scale, topk_indices, mask, stage, other_lse, tokens, torch.is_grad_enabled())
-    return cast(Tensor, _IndexerAgreement.apply(q, k, weights, *options))
+    inputs = (q, k, weights)
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    rows = queries_at_a_time(q, 4 * len(q) * max(q.shape[2], main_q.shape[2]) * k.shape[1])
+
+    def forward(*inputs: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # fp32: all blocks add to the gradient of a key
+        grads = [torch.zeros_like(x, dtype=weights.dtype) for x in inputs] if learns else []
+        sums = torch.zeros(4, dtype=weights.dtype, device=weights.device)
+        for first in range(0, inputs[0].shape[1], rows):
+            last = min(inputs[0].shape[1], first + rows)
+            part, seen = slice(first, last), slice(0, last // tokens)
+            if seen.stop == 0:
+                continue
+            others = None if other_lse is None else other_lse[:, :, part]
+            columns = (part, seen, part)
+            with torch.set_grad_enabled(learns), saved_tensors_hooks(_as_it_is, _as_it_is):
+                own = [x.detach()[:, some].requires_grad_(learns) for x, some in zip(inputs, columns, strict=True)]
+                main = (main_q[:, part], main_k[:, seen], scale, topk_indices[:, part], mask, stage, first)
+                found = ops.find("indexer_agreement").reference(*own, *main, others, tokens)
+                kl = found[0]
+            sums += found.detach()
+            if learns:
+                for whole, some, grad in zip(grads, columns, torch.autograd.grad(kl, own), strict=True):
+                    whole[:, some] += grad
+        return sums, tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=False))
+
+    return ops.trained(forward, lambda grad, *saved: [g * grad[0].to(g.dtype) for g in saved], *inputs)
 
 
 def _as_it_is(saved: Tensor) -> Tensor:
     """Hold a tensor for a backward that follows at once: recomputation would run the whole block again for it."""
     return saved
-
-
-class _IndexerAgreement(torch.autograd.Function):
-    """indexer_agreement of a block of queries at a time, whose gradient is computed at once. First derivatives only."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        weights: Tensor,
-        main_q: Tensor,
-        main_k: Tensor,
-        scale: float,
-        topk_indices: Tensor,
-        mask: Callable[[int, int], Tensor],
-        stage: str,
-        other_lse: Tensor | None,
-        tokens: int,
-        with_gradients: bool,
-    ) -> Tensor:
-        (b, s), heads = q.shape[:2], max(q.shape[2], main_q.shape[2])
-        rows = queries_at_a_time(q, 4 * b * heads * k.shape[1])
-        with_gradients = with_gradients and any(ctx.needs_input_grad)
-        # fp32: all blocks add to the gradient of a key
-        grads = [torch.zeros_like(x, dtype=weights.dtype) for x in (q, k, weights)] if with_gradients else []
-        sums = torch.zeros(4, dtype=weights.dtype, device=q.device)
-        for start in range(0, s, rows):
-            part, seen = slice(start, start + rows), slice(0, min(s, start + rows) // tokens)
-            others = None if other_lse is None else other_lse[:, :, part]
-            if seen.stop == 0:
-                continue
-            with torch.set_grad_enabled(with_gradients), saved_tensors_hooks(_as_it_is, _as_it_is):
-                own = [x.detach().requires_grad_(with_gradients) for x in (q[:, part], k[:, seen], weights[:, part])]
-                main = (main_q[:, part], main_k[:, seen], scale, topk_indices[:, part], mask, stage, start)
-                found = ops.find("indexer_agreement").reference(*own, *main, others, tokens)
-                kl = found[0]
-            sums += found.detach()
-            if with_gradients:
-                of_block = torch.autograd.grad(kl, own)
-                for whole, grad in zip(
-                    (grads[0][:, part], grads[1][:, seen], grads[2][:, part]), of_block, strict=True
-                ):
-                    whole += grad
-        ctx.save_for_backward(*(total.to(x.dtype) for total, x in zip(grads, (q, k, weights), strict=False)))
-        return sums
-
-    @staticmethod
-    @ops.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        of_inputs = [g * grad[0].to(g.dtype) for g in ctx.saved_tensors] or [None] * 3
-        return (*of_inputs, *[None] * 9)

@@ -44,7 +44,7 @@ from dsmini.nn import (
     Transformer,
 )
 from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MTPCache
-from dsmini.nn.codec import BLOCK_FP4, BLOCK_FP8
+from dsmini.nn.codec import BLOCK_FP8
 from dsmini.nn.compressed_attention import Compressor, EntryIndexer
 from dsmini.nn.fp8 import SCALES, FP8Weights
 from dsmini.nn.gate import HashGate
@@ -98,7 +98,7 @@ class StepWeights:
     that of the norm. They are detached: their memory stays, even if a module gets another."""
     dtype: torch.dtype
     """Dtype of products with codes: in BF16 a kernel may round the other operand to it, as the modules do."""
-    tiles: ClassVar[tuple[int, int]] = BLOCK_FP8, BLOCK_FP4
+    tiles: ClassVar[tuple[int, int]] = BLOCK_FP8, FP4_BLOCK
     """Numbers that share a scale where V4 rounds rows to FP8, and its indexer's to FP4."""
     prepared: dict[int, Any] = field(default_factory=dict)
     """Weights as a kernel prepares them, by the address of the norm's."""

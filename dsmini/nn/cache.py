@@ -2,7 +2,7 @@
 
 MLA stores one row [c_kv | k_rope] for all heads together: kv_lora_rank + qk_rope_head_dim numbers a token and layer.
 Its baselines MHA, GQA and MQA store [k | v] of every key-value head. DSA stores MLA's row, and the indexer's key in a
-LayerCache of its own. V4's compressed attention stores other rows (compressed_cache.py).
+LayerCache of its own. V4's compressed attention stores other rows (CompressedAttention.new_cache).
 
 A row is stored in a format (codec.py): as numbers, or in FP8 as a run of bytes, at V3's sizes 656 compared with 1152.
 
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dsmini.config import ModelConfig
+from dsmini.config.model import SLACK
 from dsmini.nn.codec import Codec, Numbers
 
 CacheDtype = torch.dtype | Literal["fp8"]
@@ -45,8 +46,6 @@ class Rows:
 
     index: Any = None
     """The store of an indexer's keys, whose rows have the same places; None without an indexer."""
-    slack: int | None = None
-    """Number of latest tokens that may be taken back; None: all."""
 
     def __init__(self, batch_size: int, size: int, codec: Codec, device: torch.device, tokens: int | None = 1) -> None:
         # zeros: a row that was never written has weight 0 in the softmax, and 0 * NaN would be NaN
@@ -122,12 +121,26 @@ class Rows:
 class LayerCache(Rows):
     """The stored rows of one layer as numbers: a row for each token.
 
-    A layer that stores something else returns Rows in another format, or an object with `parts`, a list of its Rows,
-    with `slack`, and with `index`.
+    A layer that stores something else returns Rows in another format, or Stores of several.
     """
 
     def __init__(self, batch_size: int, max_seq_len: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(batch_size, max_seq_len, Numbers(width, dtype), device)
+
+
+class Stores:
+    """The stores of a layer that has several, each an attribute. One that is None is not there."""
+
+    index: Any = None
+    """As in Rows."""
+
+    def __init__(self, **stores: Any) -> None:
+        vars(self).update(stores)
+
+    @property
+    def parts(self) -> list[Rows]:
+        """All rows, in the order of the stores."""
+        return [rows for store in vars(self).values() if store is not None for rows in store.parts]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,7 +264,7 @@ class Cache:
         """[b], on the CPU: valid length of each row, in tokens."""
         self._longest = [0] * batch_size
         """The same with tokens that were taken back."""
-        self.slack: int | None = min((store.slack for store in stores if store.slack is not None), default=None)
+        self.slack: int | None = SLACK if any(rows.tokens is None for rows in self.rows) else None
         """Number of tokens that can be taken back; None: all."""
 
     @property
@@ -283,11 +296,6 @@ class Cache:
     def rows(self) -> list[Rows]:
         """All rows of all layers."""
         return [rows for store in self.stores for rows in store.parts]
-
-    @property
-    def index_stores(self) -> list[Any]:
-        """Keys of each layer's indexer; empty without one."""
-        return [store.index for store in self.stores if store.index is not None]
 
     def place_tokens(
         self, config: ModelConfig, tokens: Int[Tensor, "b s"], new_lengths: Tensor | None = None

@@ -17,19 +17,21 @@ Source: DeepSeek-V3.2's and V4's released code; FlashMLA for the bytes. V4's ord
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from dsmini.numerics import AMAX_MIN, SMALLEST_AMAX, dequantize_tiles, quantize_tiles
-from dsmini.numerics.fp4 import dequantize_fp4, quantize_fp4
+from dsmini.numerics import AMAX_MIN, FORMATS, FP4_BLOCK, SMALLEST_AMAX, dequantize_tiles, quantize_tiles
+from dsmini.numerics.fp4 import FP4_AMAX_MIN
+from dsmini.numerics.quantization import FormatName, Scale
 
 BLOCK_FP8 = 64
 """Numbers of V4's key that share a scale in FP8."""
-BLOCK_FP4 = 32
-"""The same in FP4."""
+V4_SCALES: Any = MappingProxyType({"scale": "ue8m0", "stored": torch.float8_e8m0fnu})
+"""Scales of V4's rows."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,14 @@ class Numbers:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FP8Row:
-    """Numbers in E4M3, a scale for each tile of them, rotated numbers in BF16, and zeros up to a multiple of bytes."""
+class ByteRow:
+    """Codes of numbers, a scale for each tile of them, rotated numbers in BF16, and zeros up to a multiple of bytes."""
 
     unrotated: int
     rotated: int = 0
     tile: int = 128
-    scale: Literal["fp32", "ue8m0"] = "fp32"
+    scale: Scale = "fp32"
+    format: FormatName = "e4m3"
     amax_min: float = SMALLEST_AMAX
     stored: torch.dtype = torch.float32
     """Dtype of a stored scale."""
@@ -72,7 +75,8 @@ class FP8Row:
     @property
     def widths(self) -> list[int]:
         """Bytes of codes, scales, rotated numbers and zeros."""
-        widths = [self.unrotated, -(-self.unrotated // self.tile) * self.stored.itemsize, 2 * self.rotated]
+        codes = FORMATS[self.format].width(self.unrotated)
+        widths = [codes, -(-self.unrotated // self.tile) * self.stored.itemsize, 2 * self.rotated]
         return [*widths, -sum(widths) % self.multiple]
 
     @property
@@ -81,7 +85,7 @@ class FP8Row:
 
     def encode(self, rows: Float[Tensor, "*n numbers"]) -> UInt8[Tensor, "*n width"]:
         unrotated, rotated = rows.split((self.unrotated, self.rotated), -1)
-        codes, scales = quantize_tiles(unrotated.float(), (1, self.tile), self.scale, "e4m3", self.amax_min)
+        codes, scales = quantize_tiles(unrotated.float(), (1, self.tile), self.scale, self.format, self.amax_min)
         parts = (codes, scales.to(self.stored).contiguous(), rotated.to(torch.bfloat16).contiguous())
         return torch.nn.functional.pad(torch.cat([part.view(torch.uint8) for part in parts], -1), (0, self.widths[3]))
 
@@ -90,50 +94,30 @@ class FP8Row:
         codes, scales, rotated, _ = (
             part.clone(memory_format=torch.contiguous_format) for part in stored.split(self.widths, -1)
         )
-        codes, scales = codes.view(torch.float8_e4m3fn), scales.view(self.stored).float()
-        numbers = dequantize_tiles(codes, scales, (1, self.tile), "e4m3", dtype)
+        codes, scales = codes.view(FORMATS[self.format].dtype), scales.view(self.stored).float()
+        numbers = dequantize_tiles(codes, scales, (1, self.tile), self.format, dtype, self.unrotated)
         return torch.cat((numbers, rotated.view(torch.bfloat16).to(dtype)), -1) if self.rotated else numbers
 
 
-@dataclass(frozen=True)
-class FP4Row:
-    """Numbers in FP4, two a byte, and their scales."""
-
-    numbers: int
-    dtype: torch.dtype = torch.uint8
-
-    @property
-    def block(self) -> int:
-        """Numbers that share a scale."""
-        return min(BLOCK_FP4, self.numbers)
-
-    @property
-    def width(self) -> int:
-        return self.numbers // 2 + self.numbers // self.block
-
-    def encode(self, rows: Float[Tensor, "*n numbers"]) -> UInt8[Tensor, "*n width"]:
-        return torch.cat(quantize_fp4(rows.float(), self.block), -1)
-
-    def decode(self, stored: UInt8[Tensor, "*n width"], dtype: torch.dtype) -> Float[Tensor, "*n numbers"]:
-        packed, scales = stored.tensor_split((self.numbers // 2,), -1)
-        return dequantize_fp4(packed, scales, dtype)
-
-
-Codec = Numbers | FP8Row | FP4Row
+Codec = Numbers | ByteRow
 """The format of a row."""
 
 
-def latent_row(c: int, r: int) -> FP8Row:
+def latent_row(c: int, r: int) -> ByteRow:
     """Return V3.2's format of an MLA layer's latent and rotary key."""
-    return FP8Row(unrotated=c, rotated=r)
+    return ByteRow(unrotated=c, rotated=r)
 
 
-def index_row(d: int) -> FP8Row:
+def index_row(d: int) -> ByteRow:
     """Return V3.2's format of an indexer's key."""
-    return FP8Row(unrotated=d, scale="ue8m0", amax_min=AMAX_MIN)
+    return ByteRow(unrotated=d, scale="ue8m0", amax_min=AMAX_MIN)
 
 
-def key_row(c: int, r: int) -> FP8Row:
+def key_row(c: int, r: int) -> ByteRow:
     """Return V4's format of a key that is its own value."""
-    scales = {"tile": BLOCK_FP8, "scale": "ue8m0", "amax_min": AMAX_MIN, "stored": torch.float8_e8m0fnu}
-    return FP8Row(unrotated=c, rotated=r, **scales, multiple=8)
+    return ByteRow(unrotated=c, rotated=r, tile=BLOCK_FP8, amax_min=AMAX_MIN, multiple=8, **V4_SCALES)
+
+
+def index_entry_row(d: int) -> ByteRow:
+    """Return V4's format of an indexer's key: FP4, two numbers a byte."""
+    return ByteRow(unrotated=d, tile=min(FP4_BLOCK, d), format="e2m1", amax_min=FP4_AMAX_MIN, **V4_SCALES)

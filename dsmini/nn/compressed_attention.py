@@ -49,11 +49,10 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
-from dsmini.config.model import CSA_RATIO
+from dsmini.config.model import CSA_RATIO, SLACK
 from dsmini.nn.attention import Context, context_of
-from dsmini.nn.cache import CacheDtype, CachePositions, LayerCacheView, Rows
-from dsmini.nn.codec import BLOCK_FP4, BLOCK_FP8, Codec, FP4Row, Numbers, key_row
-from dsmini.nn.compressed_cache import SLACK, CompressedCache, stored
+from dsmini.nn.cache import CacheDtype, CachePositions, LayerCacheView, Rows, Stores
+from dsmini.nn.codec import BLOCK_FP8, Codec, Numbers, index_entry_row, key_row
 from dsmini.nn.dsa import (
     BLOCK,
     Indexer,
@@ -79,7 +78,7 @@ from dsmini.nn.layers import (
 )
 from dsmini.nn.rope import CosSin, Rope, apply_rope
 from dsmini.numerics import quantize
-from dsmini.numerics.fp4 import round_fp4
+from dsmini.numerics.fp4 import FP4_BLOCK, round_fp4
 
 
 def sink_logits(
@@ -244,7 +243,7 @@ class Compressor(FP32Module):
         """
         rows = torch.cat((self.wkv(x), self.wgate(x)), -1)
         if cache is not None:
-            rows = stored(cache).raw.extend(rows, cache.at, self.series * self.m - 1, rows.dtype)
+            rows = cache.store.raw.extend(rows, cache.at, self.series * self.m - 1, rows.dtype)
         ends = blocks.ends + rows.shape[1] - x.shape[1]
         tokens = ends[..., None] + torch.arange(1 - self.m, 1, device=x.device)
         contents, weights = [], []
@@ -259,13 +258,13 @@ class Compressor(FP32Module):
         row = (torch.cat(weights, 2).softmax(2) * torch.cat(contents, 2)).sum(2)
         return self.norm(row.to(x.dtype))  # rounded before the norm too, as in DeepSeek's code
 
-    def new_rows(self, window: Rows, n: int, codec: Codec) -> tuple[Rows, Rows]:
-        """Return empty rows for a cache with this window: of n tokens, and FP32 ones of which the next is made."""
+    def new_rows(self, window: Rows, n: int, codec: Codec) -> dict[str, Rows]:
+        """Return empty rows for a cache with this window: entries of n tokens, and raw ones, of which one is made."""
         b, device = len(window.data), window.data.device
         exact = torch.float64 if codec.dtype == torch.float64 else torch.float32
         raw = Numbers(2 * self.series * self.d, exact)
         latest = Rows(b, min(self.series * self.m + SLACK, n), raw, device, None)
-        return Rows(b, n // self.m, codec, device, self.m), latest
+        return {"entries": Rows(b, n // self.m, codec, device, self.m), "raw": latest}
 
 
 class EntryIndexer(Indexer):
@@ -277,7 +276,7 @@ class EntryIndexer(Indexer):
 
     def _rotated(self, x: Float[Tensor, "b s h d"], cos_sin: CosSin) -> Float[Tensor, "b s h d"]:
         x = hadamard(rotated(x, cos_sin))
-        return round_fp4(x, min(BLOCK_FP4, self.head_dim)) if self.qat else x
+        return round_fp4(x, min(FP4_BLOCK, self.head_dim)) if self.qat else x
 
     def keys(
         self,
@@ -297,7 +296,7 @@ class EntryIndexer(Indexer):
         keys = self._rotated(self.compressor(x, blocks, cache).unsqueeze(2), cos_sin).squeeze(2)
         if cache is None:
             return keys
-        rows = stored(cache).entries
+        rows = cache.store.entries
         rows.write(keys, blocks.at)
         return rows.read(blocks.at.n_keys, x.dtype)
 
@@ -413,7 +412,7 @@ class HCA(Window):
         if context.cache is None:
             is_block = blocks.at.is_token
             return Entries(rows, blocks.ends if is_block is None else blocks.ends.where(is_block, x.shape[1]), index)
-        store, n = stored(context.cache).entries, blocks.at.n_keys
+        store, n = context.cache.store.entries, blocks.at.n_keys
         store.write(rows, blocks.at)
         ends = (torch.arange(n, device=x.device)[None] + 1) * layer.m - 1
         # one block of queries reads what it needs; several of them read the same entries
@@ -554,7 +553,7 @@ class CompressedAttention(FP32Module):
         (b, s), context, cache = q.shape[:2], new.context, new.context.cache
         # 1. rows of the window before the new tokens, and these, [b, w + s, d]; the entries, [b, n, d]
         if cache is not None:
-            kv = stored(cache).window.extend(kv, cache.at, self.window_size - 1, kv.dtype)
+            kv = cache.store.window.extend(kv, cache.at, self.window_size - 1, kv.dtype)
         entries = self.kind.entries(self, new)
         index, learns = entries.index, context.stage is not None and entries.index is not None
         # 2. some queries at a time
@@ -645,17 +644,27 @@ class CompressedAttention(FP32Module):
         hidden = ends[:, None] > positions[..., None]
         return hidden if new.starts is None else hidden | (ends[:, None] < new.starts[:, part, None])
 
-    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> CompressedCache:
-        """Return the layer's empty cache."""
+    def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Stores:
+        """Return the layer's empty cache. It has three kinds of rows, and that of its indexer the last two again:
+
+            window     the key-value row of the latest tokens           a ring: position p is in place p mod its size
+            entries    one row for each whole block of m tokens         entry i is in place i
+            raw        FP32 rows [C | Z] of the latest tokens           a ring, as long as an entry is made of
+
+        The two rings have SLACK places more, so that the last tokens may be taken back: their rows are written again.
+        Nothing is moved when an entry is complete or a token is taken back, and rows of unequal length need no care: a
+        place follows from a position alone, and what lies in places that do not count is hidden from every query.
+
+        Formats in FP8 and FP4: codec.py.
+        """
         numbers = dtype if isinstance(dtype, torch.dtype) else None
         key = key_row(self.head_dim - self.rope.dim, self.rope.dim)
         key = key if numbers is None else Numbers(self.head_dim, numbers)
         window = Rows(batch_size, min(self.window_size + SLACK, max_seq_len), key, device, None)
-        if self.compressor is None:
-            return CompressedCache(window)
-        cache = CompressedCache(window, *self.compressor.new_rows(window, max_seq_len, key))
+        index = None
         if self.indexer is not None:
             d = self.indexer.head_dim
-            keys = FP4Row(d) if numbers is None else Numbers(d, numbers)
-            cache.index = CompressedCache(None, *self.indexer.compressor.new_rows(window, max_seq_len, keys))
-        return cache
+            keys = index_entry_row(d) if numbers is None else Numbers(d, numbers)
+            index = Stores(**self.indexer.compressor.new_rows(window, max_seq_len, keys))
+        entries = {} if self.compressor is None else self.compressor.new_rows(window, max_seq_len, key)
+        return Stores(window=window, **entries, index=index)

@@ -36,7 +36,7 @@ from dsmini.config import ModelConfig, layer_config
 from dsmini.config.fields import require
 from dsmini.config.model import SLACK
 from dsmini.nn.attention import Context
-from dsmini.nn.cache import CacheDtype, Rows
+from dsmini.nn.cache import CacheDtype, Rows, Stores
 from dsmini.nn.codec import Numbers
 from dsmini.nn.first_values import draw_first
 from dsmini.nn.layers import Embedding, FP32Module, Projection, at_least_fp32, make_linear, output_linear
@@ -45,25 +45,6 @@ LAYER_SEED = 10007
 """Distance between the seeds of the multipliers of two layers."""
 SMALLEST = 1e-6
 """Least size of a gate's logit before its root is taken: a root has no slope at 0."""
-
-
-class EngramCache:
-    """The rows of a layer with an Engram: its attention's, the latest ids, and inputs of the convolution.
-
-    Both rings have SLACK places more, so that the last tokens may be taken back.
-    """
-
-    def __init__(self, attention: Any, ids: Rows, inputs: Rows | None) -> None:
-        self.attention: Any = attention
-        self.ids: Rows = ids
-        self.inputs: Rows | None = inputs
-        self.index: Any = attention.index
-        self.slack: int = SLACK if attention.slack is None else min(SLACK, attention.slack)
-
-    @property
-    def parts(self) -> list[Rows]:
-        """All rows, the attention's first."""
-        return [*self.attention.parts, self.ids, *([] if self.inputs is None else [self.inputs])]
 
 
 class StreamNorm(FP32Module):
@@ -174,12 +155,12 @@ class Engram(nn.Module):
         if context is None or context.tokens is None:
             raise ValueError("Engram looks n-grams up by the ids of tokens and got none; give Context(tokens=...)")
         cache = context.cache
-        store: EngramCache | None = None if cache is None else cache.store
+        store = None if cache is None else cache.store
         # 1. the rows of all n-grams that end at a token, side by side: [b, s, e]
         rows = self.hashed(context, None if store is None else store.ids)
         e = self.embed(rows).flatten(-3).to(x.dtype)
         # 2. how well they fit each stream: [b, s, n, 1]
-        streams = x if x.dim() == 4 else x.unsqueeze(-2)
+        streams = x.view(*x.shape[:2], -1, x.shape[-1])
         with ops.without_autocast(streams):
             q = self.q_norm(streams)
             k = self.k_norm(self.wk(e).view_as(streams))
@@ -217,14 +198,18 @@ class Engram(nn.Module):
         return torch.stack(rows, -2) + (sizes.cumsum(0) - sizes).view_as(self.primes)
 
     def new_cache(self, attention: Any, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: Any) -> Any:
-        """Return the empty cache of the block, around that of its attention."""
+        """Return the empty cache of the block: that of its attention, the latest ids, and inputs of the convolution.
+
+        Both are rings with SLACK places more, so that the last tokens may be taken back.
+        """
 
         def ring(reach: int, width: int, dtype: torch.dtype) -> Rows:
             return Rows(batch_size, min(reach + SLACK, max_seq_len), Numbers(width, dtype), device, tokens=None)
 
         c, dtype = self.config, torch.bfloat16 if dtype == "fp8" else dtype
         ids = ring(c.engram_max_ngram_size - 1, 1, torch.float32)
-        return EngramCache(attention, ids, ring(c.engram_reach, c.hc_mult * c.dim, dtype) if c.engram_reach else None)
+        inputs = ring(c.engram_reach, c.hc_mult * c.dim, dtype) if c.engram_reach else None
+        return Stores(attention=attention, ids=ids, inputs=inputs)
 
 
 def multipliers(seed: int, layer: int, vocab_size: int, n: int) -> Int[Tensor, " n"]:

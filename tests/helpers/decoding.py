@@ -63,6 +63,11 @@ def hold_fp4(model: Transformer, name: str) -> None:
     hold_fp8(model, name, q.codes, q.scales.to(torch.float8_e8m0fnu), tile=(1, FP4_BLOCK), format="e2m1")
 
 
+def index_stores(cache: Cache) -> list[Any]:
+    """Return the keys of each layer's indexer."""
+    return [store.index for store in cache.stores if store.index is not None]
+
+
 def filled(model: Transformer, lengths: list[int], dtype: Any) -> Cache:
     """Return a cache whose rows have these lengths and random content."""
     cache = model.new_cache(len(lengths), ROOM, dtype)
@@ -72,7 +77,7 @@ def filled(model: Transformer, lengths: list[int], dtype: Any) -> Cache:
     numbers = torch.randn(len(model.layers), len(lengths), ROOM, width)
     for store, rows in zip(cache.stores, numbers, strict=True):
         store.data.copy_(store.codec.encode(rows))
-    for store in cache.index_stores:
+    for store in index_stores(cache):
         store.data.copy_(store.codec.encode(torch.randn(len(lengths), ROOM, c.index_head_dim or 0)))
     cache.lengths = torch.tensor(lengths)
     return cache

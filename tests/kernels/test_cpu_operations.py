@@ -14,7 +14,7 @@ from dsmini.functional.attention import train_attention, train_sink_attention
 from dsmini.functional.experts import train_experts
 from dsmini.nn.attention import cached_attention, causal_attention
 from dsmini.nn.cache import Rows
-from dsmini.nn.codec import Codec, FP4Row, Numbers, index_row, key_row
+from dsmini.nn.codec import Codec, Numbers, index_entry_row, index_row, key_row
 from dsmini.nn.compressed_attention import entry_attention, sink_attention
 from dsmini.nn.dsa import index_scores, topk_attention, topk_keys
 from dsmini.nn.fp8 import quantized_experts, quantized_linear
@@ -588,7 +588,7 @@ def codec_of(kind: str, width: int) -> Codec:
     numbers = {"fp32": torch.float32, "bf16": torch.bfloat16}
     if kind in numbers:
         return Numbers(width, numbers[kind])
-    return key_row(width - rotated, rotated) if kind == "fp8" else FP4Row(width)
+    return key_row(width - rotated, rotated) if kind == "fp8" else index_entry_row(width)
 
 
 def entry_case(dtype: torch.dtype, kind: str, shape: tuple[int, ...], scale: float = 1.0) -> Case:

@@ -25,7 +25,19 @@ from dsmini_kernels.cpu import build, steps
 from dsmini_kernels.cpu.calls import span
 from dsmini_kernels.cpu.structs import LAYOUTS
 from tests.helpers import decoding
-from tests.helpers.decoding import CACHES, COMPRESSED, GROUPED, MODELS, ROOM, SPARSE, WEIGHTS, filled, model_of, rows_of
+from tests.helpers.decoding import (
+    CACHES,
+    COMPRESSED,
+    GROUPED,
+    MODELS,
+    ROOM,
+    SPARSE,
+    WEIGHTS,
+    filled,
+    index_stores,
+    model_of,
+    rows_of,
+)
 from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, relative_error, rounding
 from tests.kernels.conftest import assert_threads_change_no_bit, dense, weight_in
 
@@ -79,7 +91,7 @@ def attended(model: Transformer, lengths: list[int], s: int, dtype: Any, referen
     cache = filled(model, lengths, dtype)
     x = torch.randn(len(lengths), s, model.config.dim)
     out = [attend(x, part, *more, reference=reference) for part, _, *more in layers(model, cache, s)]
-    return [*out, *rows_of(cache), *(store.read(ROOM, torch.float32) for store in cache.index_stores)]
+    return [*out, *rows_of(cache), *(store.read(ROOM, torch.float32) for store in index_stores(cache))]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)

@@ -28,6 +28,7 @@ from dsmini.measure.turns import TimeOverError, in_turns
 from dsmini.measure.workloads import StepDtype, StepShape, Work, random_cache, random_model, random_tokens
 from tests.conftest import Clock
 from tests.helpers.configs import V4
+from tests.helpers.decoding import index_stores
 from tests.helpers.questions import TINY, InventedPrices, invented_roofs
 
 CPU = torch.device("cpu")
@@ -475,7 +476,7 @@ def test_random_cache_is_full_and_has_room(config: ModelConfig, dtype: torch.dty
     model = random_model(config, CPU, torch.float32)
     cache = random_cache(model, batch=2, context=16, room=4, dtype=dtype)
     assert cache.lengths.tolist() == [16, 16]
-    for store in [*cache.stores, *cache.index_stores]:
+    for store in [*cache.stores, *index_stores(cache)]:
         rows = [part for part in getattr(store, "parts", [store]) if hasattr(part, "data")]
         assert rows and all(part.data[:, :16].any() for part in rows)
     tokens = random_tokens(config, 2, 4, CPU)

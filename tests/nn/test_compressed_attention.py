@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dsmini import ModelConfig, Transformer, quantize
+from dsmini.config.model import SLACK
 from dsmini.nn import CompressedAttention, Context, compressed_attention, dsa_layers
 from dsmini.nn.cache import Rows
-from dsmini.nn.codec import FP4Row, key_row
+from dsmini.nn.codec import index_entry_row, key_row
 from dsmini.nn.compressed_attention import rotated
-from dsmini.nn.compressed_cache import SLACK
 from dsmini.nn.dsa import hadamard
 from dsmini.numerics.fp4 import round_fp4
 from tests.conftest import SMALL, randomise
@@ -286,7 +286,7 @@ def test_rounded_caches_answer_alike_in_all_chunks(dtype: Any, qat: bool) -> Non
 def test_cache_takes_the_published_bytes_for_rounded_values() -> None:
     """584 bytes an entry and 68 an indexer's; tests/accounting counts those of whole models."""
     rows, index = torch.randn(2, 5, 512), torch.randn(2, 5, 128)
-    fp8, fp4 = (Rows(2, 9, codec, rows.device) for codec in (key_row(448, 64), FP4Row(128)))
+    fp8, fp4 = (Rows(2, 9, codec, rows.device) for codec in (key_row(448, 64), index_entry_row(128)))
     assert (fp8.data.shape[2], fp4.data.shape[2]) == (584, 68)
     places = torch.arange(5).expand(2, -1)
     for store, given in ((fp8, rows), (fp4, index)):

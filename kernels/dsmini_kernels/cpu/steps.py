@@ -217,7 +217,7 @@ def _ring(rows: Any) -> bytes:
 
 def _block_rows(store: Any) -> bytes:
     """Describe what a layer or its indexer stores of blocks."""
-    if store is None or store.raw is None:
+    if not hasattr(store, "raw"):
         return b""
     raw = store.raw.data
     return LAYOUTS["BlockRows"].pack(made=_ring(store.entries), raw=vector(raw), raw_places=raw.shape[1])
@@ -245,8 +245,8 @@ def key_rows(rows: Any, n: int) -> tuple[Tensor, bytes]:
 
 def _codes_of(codec: Any) -> tuple[int, int, int]:
     """Return the type of rows of bytes, their numbers with codes, and how many of these share a scale."""
-    if hasattr(codec, "block"):
-        return FP4_KEYS, codec.numbers, codec.block
+    if codec.format == "e2m1":
+        return FP4_KEYS, codec.unrotated, codec.tile
     if codec.stored != torch.float8_e8m0fnu:
         raise Unserved(f"rows in FP8 with scales in {codec.stored}")
     return FP8_KEYS, codec.unrotated, codec.tile
