@@ -143,7 +143,8 @@ def kept(function: Callable[[Any, *Ts], T]) -> Callable[[Any, *Ts], T]:
 def figures_of(found: object, inputs: Figures) -> dict[str, Figure]:
     """Return the figures of an object by name, and the inputs that their formulas name.
 
-    The names begin with the object's `stage`, if it has one, such as "decode_".
+    The names begin with the object's `stage`, if it has one, such as "decode_". Its `titles`, if it has any, are other
+    ones than those of the docstrings.
 
     Args:
         inputs: numbers that the object has as plain ones, such as sizes of a model, by the names of their attributes.
@@ -155,7 +156,8 @@ def figures_of(found: object, inputs: Figures) -> dict[str, Figure]:
             name, writer = _whole_name(found, each.name), _Writer(found, each.method, inputs)
             formula = "" if each.counted else writer.formula()
             source = each.source or (COUNTED if each.counted else "")
-            figures |= {name: Figure(name, value, each.unit, each.title, source, formula, each.main)}
+            title = getattr(found, "titles", {}).get(each.name, each.title)
+            figures |= {name: Figure(name, value, each.unit, title, source, formula, each.main)}
             figures |= writer.met
     return figures
 

@@ -15,6 +15,7 @@ from typing import Any
 from dsmini.config.fields import build, check_types, refuse_unknown, require, setting
 from dsmini.planner.figure import Figure
 from dsmini.reading import brief, read_toml
+from dsmini.report.units import span
 
 OnPart = Callable[[float, str], None]
 """Progress of a long work: the share that is done, and a short text."""
@@ -82,6 +83,14 @@ class Hardware:
         self.price: Figure | None = numbers.get("gpu_price")
         """Least dollars a second of an accelerator; None where nobody published one."""
         self.price_most: Figure | None = numbers.get("gpu_price_most", self.price)
+
+    @property
+    def rent(self) -> str:
+        """Rent of an accelerator with its source and date, in words; "" where nobody published one."""
+        low, high = self.price, self.price_most
+        if low is None or high is None:
+            return ""
+        return f"{span(3600 * low, 3600 * high, '$')} an hour ({low.source})"
 
     def check_links(self, gpus: int) -> None:
         """Raise ValueError for more accelerators than the links connect."""

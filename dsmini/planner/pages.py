@@ -6,7 +6,8 @@ it names. A bound is written "at most" or "at least"; other times and rates of s
 """  # noqa: E501
 
 import functools
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.console import Console
 from dsmini.atomic import write_json, write_text
 from dsmini.config.fields import require
 from dsmini.console.messages import say
-from dsmini.planner.deployments import IN_TIME, OWN, Deployments
+from dsmini.planner.deployments import IN_TIME, OWN, TPOT, TTFT, Deployments
 from dsmini.planner.figure import Figures, explain, needed, step_of, text
 from dsmini.planner.hardware import OnPart, load_hardware, quiet
 from dsmini.planner.layout import Layout
@@ -27,7 +28,7 @@ from dsmini.planner.search import EVERY, Search, what_would_fit
 from dsmini.planner.serving import PHASES, PRODUCTS, Served
 from dsmini.report import Detail, Plot, Report, Section, Series, Table
 from dsmini.report.figures import plain
-from dsmini.report.units import human, in_words, plural
+from dsmini.report.units import NOTHING, alike, human, in_words, plural, span
 
 Record = dict[str, Any]
 FILES = ("plan.html", "plan.json")
@@ -123,10 +124,7 @@ def _training(plan: Plan) -> list[str]:
         lines.append("BF16, since the config does not ask for FP8; --vary precision=bf16,fp8 shows what that takes.")
     share = f"{100 * f['effective_share']:.3g} % of the time is training, {f['elapsed_time']} in all."
     lines.append(f"a failure every {f['mean_time_to_failure']}: {share}")
-    cost = ""
-    if "training_cost" in f:
-        most = f["training_cost"] * (plan.hardware.price_most or 0) / (plan.hardware.price or 1)
-        cost = f" and {f['training_cost']}" + (f" to {human(most, '$')}" if most > f["training_cost"] else "")
+    cost = f" and {span(f['training_cost'], f['training_cost_most'], '$')}" if "training_cost" in f else ""
     by = "from the predicted parts of a step" if r.utilization is None else f"as {how['utilization']} says"
     cost = f" (at least {f['least_training_time']}){cost}"
     said = f"{gpus} {'takes' if one else 'take'} {f['training_time']}{cost} for {in_words(plan.run.tokens)} tokens, "
@@ -199,8 +197,7 @@ def _point(each: Served, priced: bool) -> str:
     most, waits = human(each.most_gpu_tokens_per_second, ""), each.waits
     said = f"{each.d.words}: {user}, {human(each.gpu_tokens_per_second, 'token/s')} a GPU (at most {most})"
     if priced and each.cost is not None and each.cost_most is not None:
-        low, high = human(each.cost, "$/token"), human(each.cost_most, "$/token")
-        said += f", {low}" if low == high else f", {low.split()[0]} to {high}"
+        said += f", {span(each.cost, each.cost_most, '$/token')}"
     return f"{said}. {human(each.memory.gpu_memory, 'B')} a GPU; slowest: {max(waits, key=lambda part: waits[part])}."
 
 
@@ -208,6 +205,8 @@ def ten_lines(plan: Plan) -> list[str]:
     """Return the plan in a few lines: what does not fit, the model, time, cost, what is slowest, what to ask next."""
     lines = [(name, f"does not fit: {said}.") for name, said in plan.misfit.items()]
     lines += [(name, said) for name, of in lines_of(plan).items() for said in of]
+    if plan.hardware.rent and not plan.misfit:
+        lines.append(("price", f"a GPU is rented for {plan.hardware.rent}."))
     asks = "--explain kv_cache (or list), --all for the tables, --out plan for a page, --search, "
     lines.append(("next", f"{asks}--vary hardware=h100,b200, --compare kimi-k2"))
     return [heading(plan), *(f"{label:10} {said}" for label, said in lines)]
@@ -301,12 +300,14 @@ def front_table(found: Deployments, priced: bool) -> Table:
         gpu = each.gpu_tokens_per_second, each.most_gpu_tokens_per_second
         unit = "token/s" if each.decode else "s"
         cells = (f"{human(a, u)} ({human(b, u)})" for (a, b), u in ((user, unit), (gpu, "token/s")))
-        price = human(each.cost if priced else None, "$/token")
+        price = NOTHING
+        if priced and each.cost is not None and each.cost_most is not None:
+            price = span(each.cost, each.cost_most, "$/token")
         rows.append((each.d.words, *cells, price, human(each.memory.gpu_memory, "B")))
     columns = ("deployment", "a user" if found.phase == "decode" else "first token", "a GPU", "price", "memory")
-    return Table(
-        columns=columns, rows=rows, numeric=columns[1:], common="Front: none gives both a user and a GPU more."
-    )
+    rent = found.main.s.h.rent
+    common = "Front: none gives both a user and a GPU more." + (f" Rent: {rent}." if rent and priced else "")
+    return Table(columns=columns, rows=rows, numeric=columns[1:], common=common)
 
 
 def front_plot(found: Deployments) -> Plot:
@@ -432,7 +433,8 @@ def varied(plan: Plan, texts: Sequence[str], names: Sequence[str], command: str,
     axes = [read_axis(text) for text in texts]
     variants, names = vary(plan, axes, names, on_part)
     title = f"What changes with {', '.join(name for name, _ in axes)}?"
-    finding = "The layout of training stays; deployments are searched again for each, where you left them open."
+    finding = "The layout of training stays; deployments are searched again for each, where you left them open: "
+    finding += _terms(variants)
     section = _comparison(title, finding, variants, names, plan.unserved)
     return _side(variation_record(variants, names), [heading(plan)], section, plan, command, _status(variants))
 
@@ -447,7 +449,7 @@ def compare(request: PlanRequest, models: Sequence[Model], command: str, on_part
     names = ["tokens", "seq_len", *compared(variants), "training_gpu_hours"]
     title = f"How do they compare on {hardware.title}?"
     finding = f"Training takes {plural(gpus, 'GPU')} in the layout that a plan of each chooses, and the tokens of each "
-    finding += "config, or --tokens for all. Deployments are the cheapest in time of a search for each."
+    finding += f"config, or --tokens for all. Deployments are searched for each: {_terms(variants)}"
     section = _comparison(title, finding, variants, names)
     first = next(each.plan for each in variants if each.plan is not None)
     return _side(variation_record(variants, names), [], section, first, command, _status(variants))
@@ -473,13 +475,19 @@ def _comparison(
         unserved: reason that needs no mention.
     """
     made = [(each, each.plan) for each in variants if each.plan is not None]
-
-    columns, rows = [each.at for each, _ in made], list[tuple[str, ...]]()
+    columns = [each.at.removeprefix("model=").removeprefix("deepseek-") for each, _ in made]
+    rows, low = list[tuple[str, ...]](), list[str]()
     for name in names:
         of = [p.figures.get(name) for _, p in made]
-        said = next((f.title for f in of if f is not None), None)  # None: of nothing that fits
+        first = next((f for f in of if f is not None), None)
+        if first is None:  # of nothing that fits
+            continue
+        cells, unit = alike(of, first.unit)
         phase = f"{name.partition('_')[0]}: " if name.startswith(PHASES) else ""
-        rows += [(f"{phase}{said}", *("" if f is None else str(f) for f in of))] if said else []
+        if not (name.endswith("cost_most") and cells == low):  # a price that is no range
+            unit = f" ({unit})" if unit and not re.search(rf"\b{re.escape(unit)}\b", first.title, re.IGNORECASE) else ""
+            rows.append((f"{phase}{first.title}{unit}", *cells))
+        low = cells
     warnings = [f"{each.at}: {each.problem}" for each in variants if each.problem]
     warnings += [
         f"{each.at}: serving is not planned: {p.unserved}" for each, p in made if p.unserved not in ("", unserved)
@@ -489,8 +497,25 @@ def _comparison(
     unpriced = sorted({p.hardware.name for _, p in made if p.hardware.price is None})
     if unpriced and any(p.hardware.price for _, p in made):
         warnings.append(f"no price of {', '.join(unpriced)} is published; --price, in dollars an hour, adds costs")
-    table = Table(columns=("", *columns), rows=rows, numeric=columns)
+    rents = {f"{p.hardware.title} {p.hardware.rent}": 1 for _, p in made if not p.misfit and p.hardware.rent}
+    common = f"Rent: {'; '.join(rents)}." if rents else ""
+    table = Table(columns=("", *columns), rows=rows, numeric=columns, common=common)
     return Section(name="variation_section", title=title, finding=finding, tables=[table], warnings=warnings)
+
+
+def _terms(variants: Sequence[Variant]) -> str:
+    """Return the limits and lengths that the deployments of some plans are the cheapest for."""
+    requests = [each.plan.request for each in variants if each.plan is not None and each.plan.service is not None]
+
+    def ends(values: Iterable[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return span(min(known), max(known), "")
+
+    if not requests:
+        return "none can be planned."
+    tpot, ttft = ends(r.tpot or TPOT for r in requests), ends(r.ttft or TTFT for r in requests)
+    lengths = f"{ends(r.context for r in requests)} tokens of context and prompts of {ends(r.prompt for r in requests)}"
+    return f"the cheapest in {tpot} ms an output token and {ttft} s to the first token, with {lengths}."
 
 
 def variation_record(variants: Sequence[Variant], names: Sequence[str]) -> Record:

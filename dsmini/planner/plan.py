@@ -252,9 +252,10 @@ MOST_VALUES = 400
 """Most plans of a variation."""
 COMPARED = (
     *("parameters_main", "parameters_active", "kv_cache", "memory_needed", "step_seconds", "mfu", "training_time"),
-    *("training_cost", "elapsed_time", "model_bytes"),
+    *("training_cost", "training_cost_most", "elapsed_time", "model_bytes"),
     *(f"decode_{name}" for name in ("gpus", "tensor", "batch", "micro_batches", "drafts", "time", "least_time")),
-    *(f"{phase}_{n}" for phase in PHASES for n in ("gpu_tokens_per_second", "most_gpu_tokens_per_second", "cost")),
+    *(f"{phase}_{n}" for phase in PHASES for n in ("gpu_tokens_per_second", "most_gpu_tokens_per_second")),
+    *(f"{phase}_{n}" for phase in PHASES for n in ("cost", "cost_most")),
 )
 """Figures that are compared where a plan is varied."""
 Axis = tuple[str, tuple[Any, ...]]

@@ -100,10 +100,15 @@ class Run:
 
     @figure("$", main=True)
     def training_cost(self) -> float | None:
-        """Rent of the whole run. Source: V3, table 1."""
-        if self.t.h.price is None:
-            return None
-        return self.training_gpu_hours * 3600 * self.t.h.price
+        """Rent of the whole run at the low end. Source: V3, table 1."""
+        return self.t.layout.gpus * self.training_time * self.t.h.price if self.t.h.price is not None else None
+
+    @figure("$", main=True)
+    def training_cost_most(self) -> float | None:
+        """Rent of the whole run at the high end. Source: V3, table 1."""
+        return (
+            self.t.layout.gpus * self.training_time * self.t.h.price_most if self.t.h.price_most is not None else None
+        )
 
     @figure("s", main=True)
     def mean_time_to_failure(self) -> float:

@@ -60,6 +60,19 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "int4": ("bfloat16",),
 }
 """Units that multiply numbers of a dtype, the best first."""
+OF_PROMPTS = {
+    "batch": "Prompts of all GPUs",
+    "positions": "Tokens of a prompt",
+    "time": "Time to the first token, an estimate",
+    "least_time": "Least time to the first token",
+    "tokens_per_step": "Tokens of a prompt that a step reads",
+    "tokens_per_second": "Tokens/s of a prompt, an estimate",
+    "most_tokens_per_second": "Most tokens/s of a prompt",
+    "sequences_that_fit": "Prompts of this length that fit, of all GPUs",
+    "group_sequences": "Prompts of GPUs that share theirs",
+    "sequence_cache": "Cache of a prompt on a GPU",
+}
+"""Titles in reading prompts, where those of decoding name sequences and output tokens."""
 PARTS = ("matrices_time", "experts_time", "attention_time", "latency_time", "links_time", "draft_time")
 """Parts of an estimate."""
 
@@ -74,7 +87,7 @@ class Deployment:
     tensor: int = 1
     """GPUs that divide heads and share their sequences."""
     batch: int = 1
-    """Sequences of a step, or prompts, of all GPUs."""
+    """Sequences of all GPUs."""
     micro_batches: int = 1
     """Parts of a batch, of which one communicates while another computes."""
     drafts: int = 0
@@ -88,14 +101,15 @@ class Deployment:
     def words(self) -> str:
         """Deployment in words."""
         batch, drafts = plural(self.batch, {"decode": "sequence", "prefill": "prompt"}[self.phase]), self.drafts
-        parts = [plural(self.gpus, "GPU"), f"tensor {self.tensor}", batch]
+        parts = [plural(self.gpus, "GPU"), f"tensor {self.tensor}", f"{batch} in all"]
         parts += [f"{self.micro_batches} micro-batches"] if self.micro_batches > 1 else []
         return ", ".join([*parts, plural(drafts, "draft")] if drafts else parts)
 
     @property
     def figures(self) -> Mapping[str, Figure]:
         """Sizes that formulas name."""
-        titles, why = titles_of(Deployment), self.label or "chosen"
+        titles, why = dict(titles_of(Deployment)), self.label or "chosen"
+        titles |= OF_PROMPTS if self.phase == "prefill" else {}
         sizes = ("gpus", "tensor", "batch", "micro_batches", "drafts", "redundant")
         return {n: Figure(f"{self.phase}_{n}", getattr(self, n), "", titles[n], why) for n in sizes}
 
@@ -183,6 +197,7 @@ class ServingMemory:
         self.s: Service = s
         self.d: Deployment = d
         self.stage: str = f"{d.phase}_"
+        self.titles: Mapping[str, str] = OF_PROMPTS if d.phase == "prefill" else {}
         self.tokens: Figure = s.tokens[d.phase]
 
     @figure()
@@ -287,6 +302,7 @@ class Served:
         self.s: Service = s
         self.d: Deployment = d
         self.stage: str = memory.stage
+        self.titles: Mapping[str, str] = memory.titles
         self.decode: bool = d.phase == "decode"
         self.acceptance: Figure = s.a["acceptance"]
         rows = s.rows(d.phase, d.gpus, d.tensor)
@@ -513,12 +529,12 @@ class Served:
 
     @figure("s", main=True)
     def time(self) -> float:
-        """Time of an output token, or to the first one, an estimate."""
+        """Time of an output token, an estimate."""
         return self.estimate_time / self.tokens_per_step if self.decode else self.estimate_time
 
     @figure("s", main=True)
     def least_time(self) -> float:
-        """Least time of an output token, or to the first one."""
+        """Least time of an output token."""
         return self.bound_time / self.tokens_per_step if self.decode else self.bound_time
 
     @figure("token/s", main=True)

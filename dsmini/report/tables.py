@@ -32,9 +32,7 @@ def interval(figure: Figure) -> str:
     """Return the ends of the 95 % interval; "" without one."""
     if figure.low is None or figure.high is None:
         return ""
-    low, high = (units.human(end, figure.unit) for end in (figure.low, figure.high))
-    same_unit = low.partition(" ")[2] == high.partition(" ")[2]
-    return f"{low.partition(' ')[0] if same_unit else low} to {high}"
+    return units.span(figure.low, figure.high, figure.unit)
 
 
 def ratio(figure: Figure) -> Toned:

@@ -19,45 +19,68 @@ SECONDS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 LONG: Steps = ((2 * YEAR, YEAR, " years"), (2 * DAY, DAY, " days"), (HOUR, HOUR, " h"), (120.0, 60.0, " min"))
 WORDS: Steps = ((1e12, 1e12, " trillion"), (1e9, 1e9, " billion"), (1e6, 1e6, " million"), (0.0, 1.0, ""))
 DOLLARS = {"": (1.0, ""), "s": (HOUR, "/h"), "token": (1e6, " per million tokens")}
+LEAST_DOLLARS = 0.001
+"""Amount below which a price has no digits."""
 LARGEST_WHOLE = 2.0**53
 """Size from which on a float can no longer hold every whole number."""
 
 
-def human(value: float | None, unit: str, exact: bool = False, given: bool = False) -> str:
+def human(value: float | None, unit: str, exact: bool = False, given: bool = False, like: float | None = None) -> str:
     """Return a value with its unit, in three digits.
 
     Args:
         exact: all digits of a whole number.
         given: up to six digits, as an input was given.
+        like: value whose prefix or word is taken, as of the largest one in a row of a table.
     """
     if value is None:
         return NOTHING
     over, slash, under = unit.partition("/")
-    per, whole = slash + under, is_whole(value)
+    per, whole, size = slash + under, is_whole(value), value if like is None else like
     if exact and whole:
         return f"{value:,.0f} {plural_of(unit)}".rstrip()
     if over == "$":
         factor, after = DOLLARS[under]
-        return _dollars(factor * value, given) + after
+        return _dollars(factor * value, given, factor * size) + after
     if over == "s" and not value:
         return f"0 {unit}"
     if over == "s":
-        short = [(size, size, f" {name}{per}") for size, name in SECONDS]
-        return _scaled(value, short if per else [*LONG, *short], given)
+        short = [(step, step, f" {name}{per}") for step, name in SECONDS]
+        return _scaled(value, short if per else [*LONG, *short], given, size)
     if over == "bytes" and under != "s":
-        return _scaled(value, [(size, size, f" {name}{per}") for size, name in BINARY], given)
+        return _scaled(value, [(step, step, f" {name}{per}") for step, name in BINARY], given, size)
     if over in ("B", "bytes", "FLOP"):
         unit = unit.replace("bytes", "B")
-        return _scaled(value, [(1e18, 1.0, f" {unit}"), *((size, size, f" {n}{unit}") for size, n in DECIMAL)], given)
+        steps = [(1e18, 1.0, f" {unit}"), *((step, step, f" {name}{unit}") for step, name in DECIMAL)]
+        return _scaled(value, steps, given, size)
     if over in ("", "token"):
-        written = whole and (not unit or abs(value) < 1e6)
-        return f"{number(value, given) if written else in_words(value, given)} {plural_of(unit)}".rstrip()
+        written = whole and (abs(size) < 1e6 or (not unit and like is None))
+        return f"{number(value, given) if written else _scaled(value, WORDS, given, size)} {plural_of(unit)}".rstrip()
     return f"{digits(value)} {'×' if unit == 'x' else unit}"  # noqa: RUF001
 
 
 def in_words(value: float, given: bool = False) -> str:
     """Return a count in words: 671 billion."""
-    return _scaled(value, WORDS, given)
+    return _scaled(value, WORDS, given, value)
+
+
+def span(low: float, high: float, unit: str) -> str:
+    """Return both ends of a range with one unit, or one of two that read the same: $2.50 to $7.00/h."""
+    (first, _, under), (last, _, other) = (human(end, unit).partition(" ") for end in (low, high))
+    if (first, under) == (last, other):
+        return f"{first} {under}".rstrip()
+    return f"{first if under == other else f'{first} {under}'} to {last} {other}".rstrip()
+
+
+def alike(values: Sequence[float | None], unit: str) -> tuple[list[str], str]:
+    """Return values without their unit, and the one that all have; each with its own where they are far apart."""
+    known = [value for value in values if value is not None]
+    most = max(map(abs, known), default=0.0)
+    parts = [human(value, unit, like=most).partition(" ") for value in known]
+    near = all(1000 * abs(value) >= most for value in known) and len({under for _, _, under in parts}) == 1
+    if not near:
+        return ["" if value is None else human(value, unit) for value in values], ""
+    return ["" if value is None else human(value, unit, like=most).partition(" ")[0] for value in values], parts[0][2]
 
 
 def number(value: float, given: bool = False) -> str:
@@ -94,16 +117,18 @@ def plural_of(unit: str) -> str:
     return f"tokens{slash}{under}" if over == "token" else unit
 
 
-def _scaled(value: float, steps: Steps, given: bool) -> str:
-    _, size, word = next((step for step in steps if abs(value) >= step[0]), steps[-1])
+def _scaled(value: float, steps: Steps, given: bool, like: float) -> str:
+    _, size, word = next((step for step in steps if abs(like) >= step[0]), steps[-1])
     return number(value / size, given) + word
 
 
-def _dollars(value: float, given: bool) -> str:
-    if value >= 1e6:
-        return f"${in_words(value, given)}"
+def _dollars(value: float, given: bool, like: float) -> str:
+    if like >= 1e6:
+        return f"${_scaled(value, WORDS, given, like)}"
     if value >= 1000:
         return f"${value:,.0f}"
+    if 0 < value < LEAST_DOLLARS:
+        return f"less than ${LEAST_DOLLARS}"
     return f"${value:.2f}" if value >= 1 else f"${number(value, given)}"
 
 

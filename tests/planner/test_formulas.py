@@ -39,7 +39,7 @@ def test_each_formula_gives_its_figure(words: str) -> None:
         assert [name for name, figure in figures.items() if not (figure.formula or figure.source)] == []
 
 
-SECONDS = ("mean_time_to_failure", "training_gpu_hours", "training_cost")
+SECONDS = ("mean_time_to_failure", "training_gpu_hours")
 """Figures whose formula has the seconds of an hour or a day as a plain number."""
 
 

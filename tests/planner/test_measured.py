@@ -1,5 +1,6 @@
 """Bounds and estimates next to measured systems, which measured.toml has with their sources."""
 
+import re
 from collections import Counter
 
 import pytest
@@ -38,6 +39,12 @@ def test_halves_are_about_equal_and_have_every_phase() -> None:
 def test_efficiencies_are_those_of_the_fit_to_one_half() -> None:
     ours = {name: presets()["assumed"][name][0] for name in RANGES}
     assert fit(halves()["fitted"]) == pytest.approx(ours)
+
+
+def test_sources_are_spelled_out_where_they_are_used() -> None:
+    named = [*re.findall(r"^\d+\. (.*)$", PAGE.read_text(), re.MULTILINE), *(row.apart for row in ROWS.values())]
+    assert len(named) > 20 and {row.source for row in ROWS.values()} <= set(named)
+    assert [said for said in named if re.search(r"\b(LM|TL|IX|VB|AIC)\b", said)] == []
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from dsmini.planner import pages
 from dsmini.planner.hardware import known_hardware
 from dsmini.planner.pages import FILES, Answer, ten_lines
 from dsmini.planner.plan import read_axis, vary
+from dsmini.planner.request import Model, PlanRequest
+from tests.helpers.configs import CONFIGS
 from tests.helpers.pages import check_page, on_terminal
 from tests.helpers.plans import every_of, plan_of, values_of
 
@@ -158,7 +160,7 @@ def test_variation_by_the_plans_own_value_changes_nothing(axis: str) -> None:
 def test_sentences_of_serving_count_and_name_what_is_served() -> None:
     lines = [line for line in ten_lines(plan_of("deepseek-v3 @h200 context=131072")) if "prefill" in line]
     assert lines[0] == "prefill    no deployment reads a prompt in 5 s."
-    assert ", 1 prompt:" in " ".join(lines)
+    assert ", 1 prompt in all:" in " ".join(lines)
     for words, said, unsaid in (
         ("", "bound of any deployment on up to 512 GPUs, in 90 % of the memory, with 4,096 tokens, ", "1 tokens"),
         ("", ", at most 3 drafts accepted with 85 %:", "indexer"),
@@ -189,3 +191,49 @@ def test_dtype_that_hardware_forces_is_told() -> None:
         assert (said in told[0]) if said else not told
     (section,) = varied("hardware=h200,ascend-910c", words="deepseek-v3 precision=bf16").sections
     assert any(said.startswith("hardware=ascend-910c: weights are served in bf") for said in section.warnings)
+
+
+def test_models_are_compared_in_one_table_of_80_columns() -> None:
+    """It states the limits, lengths and rents that all have, and each row has one unit."""
+    names = ("deepseek-v3", "deepseek-v3.2", "deepseek-v4-flash", "deepseek-v4-pro", "kimi-k2")
+    models = [Model.from_file(CONFIGS / f"{name}.toml") for name in names]
+    answer = pages.compare(PlanRequest(hardware="h200"), models, "")
+    lines = on_terminal(answer, 80).splitlines()
+    assert sum(line.split() == ["v3", "v3.2", "v4-flash", "v4-pro", "kimi-k2"] for line in lines) == 1
+    text = " ".join(" ".join(lines).split())
+    for said in (
+        "the cheapest in 50 ms an output token and 5 s to the first token, with 4,096 tokens of context",
+        "Rent: NVIDIA H200 SXM $2.50 to $7.00 an hour (spread of published rents, 2026-06).",
+        "Parameters without MTP (trillion) 0.671 0.672 0.284 1.57 1.03",
+    ):
+        assert said in text, said
+    rows = {row[0]: row[1:] for row in answer.sections[0].tables[0].rows}
+    for rent in ("Rent of the whole run", "decode: Rent of a token", "prefill: Rent of a token"):
+        low, high = (rows[next(r for r in rows if r.startswith(f"{rent} at the {end}"))] for end in ("low", "high"))
+        assert all(float(a[1:]) < float(b[1:]) for a, b in zip(low, high, strict=True))
+
+
+def test_price_that_one_of_three_has_is_compared_with_its_date() -> None:
+    (section,) = varied("hardware=h800,h20", words="deepseek-v3 precision=bf16").sections
+    (table,) = section.tables
+    rents = {row[0]: row[1:] for row in table.rows if "Rent" in row[0]}
+    assert len(rents) == 3 and all(first and not second for first, second in rents.values()), "no range, no high end"
+    assert table.common.endswith("of $2 a GPU hour, 2024-12).") and section.warnings[-1].startswith("no price of h20")
+    lines = ten_lines(plan_of("deepseek-v3"))
+    assert lines[-2].startswith("price      a GPU is rented for $2.00 an hour (V3 report, table 1:")
+    assert not [line for line in ten_lines(plan_of("deepseek-v3 @h20")) if line.startswith("price")]
+
+
+def test_titles_are_of_their_phase() -> None:
+    titles = {name: f.title for name, f in plan_of("deepseek-v3").figures.items()}
+    assert titles["decode_time"] == "Time of an output token, an estimate"
+    assert titles["prefill_time"] == "Time to the first token, an estimate"
+    assert (titles["decode_batch"], titles["prefill_batch"]) == ("Sequences of all GPUs", "Prompts of all GPUs")
+    assert not [name for name, said in titles.items() if "or prompts" in said or "or to the first" in said]
+    prompts = [said for name, said in titles.items() if name.startswith("prefill_") and "output token" in said]
+    assert prompts == []
+
+
+def test_a_run_of_less_than_a_cent_has_no_digits() -> None:
+    said = " ".join(ten_lines(plan_of("toy @h100")))
+    assert "and less than $0.001 for 1.48 million tokens" in said and "e-0" not in said

@@ -46,7 +46,15 @@ def hardware(words: str, folder: Path) -> None:
     load_hardware(words)
 
 
-PRICES = {"training_cost", "decode_cost", "decode_cost_most", "prefill_cost", "prefill_cost_most", "gpu_price"}
+PRICES = {
+    "training_cost",
+    "training_cost_most",
+    "decode_cost",
+    "decode_cost_most",
+    "prefill_cost",
+    "prefill_cost_most",
+    "gpu_price",
+}
 
 
 KINDS: dict[str, Callable[[str, Path], None]] = {
