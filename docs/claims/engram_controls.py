@@ -35,6 +35,7 @@ class RandomIds(Engram):
 
     def hashed(self, context, stored=None):
         tokens = context.tokens
+        assert tokens is not None, "the model has them"
         generator = torch.Generator(tokens.device)
         generator.manual_seed(zlib.crc32(tokens.cpu().numpy().tobytes(), self.layer))
         drawn = torch.randint(len(self.compressed), tokens.shape, generator=generator, device=tokens.device)
