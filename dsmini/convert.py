@@ -32,7 +32,7 @@ from dsmini.console.command import run
 from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
-from dsmini.reading import read_text
+from dsmini.reading import listed, read_text
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
 if TYPE_CHECKING:
@@ -173,6 +173,8 @@ def _check(command: ConvertCommand) -> int:
         f"{command.src.name}, {there.raw.get('model_type', 'inference layout')}: {inspection.files} files, "
         f"{counted:,} parameters; tensors: {', '.join(f'{n:,} {name}' for name, n in sorted(stored.items()))}"
     ]
+    if inspection.stray:
+        lines.append(f"WARNING these files are not the model's, and were not read: {listed(inspection.stray)}")
     for kind in dict.fromkeys(layer.kind for layer in layers):
         same = [layer for layer in layers if layer.kind == kind]
         errors = [layer.error for layer in same if layer.error is not None]

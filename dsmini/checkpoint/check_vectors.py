@@ -3,7 +3,8 @@
 MINE has tensors of the names and shapes in index.json, in any dtype that numpy reads. The first one that differs, in
 the order of computation, is named. Tensors that MINE lacks are listed. Needs numpy and safetensors alone.
 
-The error of a tensor is |mine - expected| / |expected|, norms over the whole tensor; whole numbers must be equal.
+The error of a row is |mine - expected| / |expected|, norms over the last dimension, and over the root mean square of
+all rows' norms for a smaller one. That of a tensor is its worst row's. Whole numbers must be equal.
 --tolerance takes the place of the tolerances in index.json, which are those of FP32.
 Exit status: 0 for no difference, 1 for one, 2 if something is wrong with the files.
 """
@@ -30,10 +31,12 @@ class Difference(NamedTuple):
 
 
 def error_of(mine: Any, expected: Any) -> float:
-    """Return the error of a tensor; infinite where it has NaN or infinities."""
-    difference = mine.astype(np.float64) - expected.astype(np.float64)
-    norm = float(np.linalg.norm(expected.astype(np.float64)))
-    error = float(np.linalg.norm(difference)) / (norm or 1.0)
+    """Return the error of the worst row; infinite where there are NaN or infinities."""
+    rows = expected.astype(np.float64).reshape(-1, expected.shape[-1] if expected.ndim else 1)
+    differences = np.linalg.norm(mine.astype(np.float64).reshape(rows.shape) - rows, axis=1)
+    norms = np.linalg.norm(rows, axis=1)
+    mean = float(np.sqrt(np.mean(norms**2))) or 1.0
+    error = float(np.max(differences / np.maximum(norms, mean)))
     return error if np.isfinite(error) else float("inf")
 
 

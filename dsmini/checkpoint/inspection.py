@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsmini.atomic import write_json
@@ -31,6 +32,7 @@ from dsmini.machine import refuse_too_large
 from dsmini.nn import Context, Indexer
 from dsmini.nn.dsa import Choice
 from dsmini.nn.layers import FP32Module
+from dsmini.numerics import FP4_BLOCK, WEIGHT_TILE
 from dsmini.reading import is_there, read_table
 
 TOKENS = 144
@@ -39,6 +41,8 @@ TOPK = {"dsa": 36, "compressed": 9}
 """Number of keys or entries that an indexer chooses, in the place of index_topk: of these tokens it would take all."""
 OUTLIER = 2.0**10
 """Factor between a scale and the median of its matrix from which it is named."""
+LONE = 3.0
+"""Octaves by which one block's mean size must differ more than any other's of its matrix to be named."""
 AGREES = {torch.float32: 1e-4, torch.bfloat16: 0.05}
 """Largest error of a block compared with transformers', as a share of the norm of what it adds to a token."""
 
@@ -78,6 +82,8 @@ class Inspection:
         files = {file: file.stat() for stored in self.there.reader.tensors.values() for file in stored.files}
         seen = [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in files.items()]
         self.files: int = len(files)
+        self.stray: list[str] = sorted(file.name for file in folder.glob("*.safetensors") if file not in files)
+        """Files of tensors that are not of the model."""
         self.key: str = hashlib.sha256(repr((sorted(seen), self.there.raw, dtype)).encode()).hexdigest()
         self.done: dict[str, Any] = {}
         if report is not None and is_there(report):
@@ -169,7 +175,12 @@ class Inspection:
             try:
                 held = self.there.held(part)
                 self._look_at(part, held, checked)
-                (tensor if part.expert is None else tensor[part.expert]).copy_(self.there.decoded(held, dtype))
+                numbers = self.there.decoded(held, dtype)
+                tile = (1, FP4_BLOCK) if self.there.stored(part.name) == FP4 else WEIGHT_TILE
+                if part.scales is not None and (place := odd_block(numbers, tile)) is not None:
+                    words = f"a scale at {place} that makes its numbers unlike others of their rows and columns"
+                    raise ValueError(f"{part.scales.name} holds {words}; fetch the file again")
+                (tensor if part.expert is None else tensor[part.expert]).copy_(numbers)
             except ValueError as error:
                 checked.faults.append(str(error).removeprefix(f"{self.there.folder}: "))
                 return None
@@ -211,6 +222,21 @@ def odd_scale(scales: Tensor) -> list[int] | None:
     if float(is_power.float().mean()) > 0.99:
         odd = odd | ~is_power
     return odd.nonzero()[0].tolist() if bool(odd.any()) else None
+
+
+def odd_block(numbers: Tensor, tile: tuple[int, int]) -> list[int] | None:
+    """Return the place of the one block whose numbers are far from what its row and column of blocks predict.
+
+    Numbers, not scales: a single large one makes its block's scale large, and the mean of their roots hardly.
+    """
+    size = F.avg_pool2d(numbers.float().abs().sqrt_()[None], tile, ceil_mode=True)[0]
+    off = (2 * size.log2()).where(size > 0, torch.nan)  # a block of zeros tells nothing
+    for dim in (1, 0):
+        off = off - off.nanmedian(dim, keepdim=True).values
+    two = off.abs().nan_to_num(0).flatten().topk(min(2, off.numel()))
+    if off.numel() < 2 or two.values[0] < LONE + two.values[1]:
+        return None
+    return list(divmod(int(two.indices[0]), off.shape[1]))
 
 
 def kind_of(c: ModelConfig, layer: int | None) -> str:

@@ -31,7 +31,7 @@ DATA: dict[str, Any] = tomllib.loads((HERE / "vectors.toml").read_text(encoding=
 GENERATIONS = tuple(DATA["prompts"])
 SEED = 2412
 VALUES, GRADIENTS = 1e-5, 1e-4
-"""Tolerances, as shares of a tensor's norm. FP32 in another order of summation stays well within them."""
+"""Tolerances, as shares of the norm of a row. FP32 in another order of summation stays well within them."""
 NEW = 8
 """Number of tokens by which each prompt is continued."""
 PARTS = ("attn_norm", "attn.q_norm", "attn", "ffn_norm", "ffn.gate", "ffn", "hc_attn", "hc_ffn")
@@ -72,7 +72,7 @@ def inputs_of(name: str) -> dict[str, Tensor]:
 
 
 def tolerance_of(name: str, value: Tensor) -> float:
-    """Return the largest error that an engine may have, as a share of the tensor's norm; 0 for whole numbers."""
+    """Return the largest error that a row of an engine's may have, as a share of its norm; 0 for whole numbers."""
     return (GRADIENTS if name.startswith("grad.") else VALUES) if value.is_floating_point() else 0.0
 
 

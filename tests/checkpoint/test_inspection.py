@@ -89,6 +89,31 @@ def test_a_scale_that_alone_is_no_power_of_two_is_named(tmp_path: Path) -> None:
     assert inspection.odd_scale(scales) == [2, 3] and inspection.odd_scale(scales * 1.1) is None
 
 
+@pytest.mark.parametrize(("tile", "shape", "factor"), [((128, 128), (2000, 1500), 16.0), ((1, 32), (65, 1024), 256.0)])
+def test_a_block_whose_scale_has_another_bit_is_named_and_a_large_weight_is_not(
+    tile: tuple[int, int], shape: tuple[int, int], factor: float
+) -> None:
+    """Rows and columns differ by 16 times, and some are 0."""
+    rows, columns = (torch.logspace(-2, 2, n, base=2) for n in shape)
+    weight = torch.randn(shape) * rows[:, None] * columns.roll(columns.numel() // 3)
+    weight[:, : tile[1]] = 0
+    block = weight[2 * tile[0] : 3 * tile[0], 3 * tile[1] : 4 * tile[1]]
+    for times in (factor, 1 / factor):
+        block *= times
+        assert inspection.odd_block(weight, tile) == [2, 3], times
+        block /= times
+    weight[5, 300] = 5 * weight.abs().max()  # as single weights of trained models are
+    assert inspection.odd_block(weight, tile) is None
+    assert inspection.odd_block(weight[: tile[0], : tile[1]], tile) is None, "one block has no other"
+
+
+def test_files_beside_the_model_are_said_and_no_fault(tmp_path: Path) -> None:
+    folder = inspected(tmp_path / "model", "v3")
+    save_file({"x": torch.ones(1)}, folder / "old.safetensors")
+    done = finish("dsmini.convert model --check", tmp_path)
+    assert "- WARNING these files are not the model's, and were not read: old.safetensors" in done.stdout
+
+
 def test_damaged_headers_are_one_sentence_of_status_2(tmp_path: Path) -> None:
     name = "model.layers.2.self_attn.q_a_proj.weight"
 
