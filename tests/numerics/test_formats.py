@@ -71,3 +71,21 @@ def test_fp64_is_refused_since_it_would_be_rounded_twice(f: Format) -> None:
     for function in (f.encode, f.round):
         with pytest.raises(ValueError, match="FP64 would be rounded twice"):
             function(above)
+
+
+@EVERY
+def test_small_values_stay_where_the_cpu_flushes_subnormal_numbers(f: Format) -> None:
+    """Subnormal values of a short format are normal numbers of FP32."""
+    x = critical(f)
+    x = x[x.isfinite() & ((x == 0) | (x.abs() >= 2.0**-126))]
+    x = x[: len(x) // 8 * 8]
+    want = raw(f.encode(x)), f.round(x), f.decode(f.encode(x))
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this CPU flushes none")
+        assert torch.tensor([1e-39]).mul(1).item() == 0
+        got = raw(f.encode(x)), f.round(x), f.decode(f.encode(x))
+    finally:
+        torch.set_flush_denormal(False)
+    assert np.array_equal(got[0], want[0]) and same(got[1], want[1]) and same(got[2], want[2])
+    assert (got[1].abs() < 2.0 ** (1 - f.bias)).sum() > 100, "some are subnormal"

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from dsmini import ModelConfig, Transformer
 from dsmini.distributed.world import World
+from dsmini.machine import sent
 from dsmini.nn import IndexerLoss, dsa_layers
 from dsmini.nn.transformer import IGNORE
 from dsmini.training.optim import begin_stage
@@ -198,6 +199,29 @@ def test_figures_of_apples_gpu_become_fp64_on_the_cpu(monkeypatch: pytest.Monkey
     monkeypatch.setattr(trainer, "_score", lambda *given: OnApple(score(*given)))
     monkeypatch.setattr(torch, "_foreach_norm", lambda grads: [OnApple(norm) for norm in norms(grads)])
     assert (trainer.validate(), trainer.mesh.squared_norms(trainer.model).tolist()) == want
+
+
+@pytest.mark.parametrize(("device", "told"), [("cpu", 2), ("cuda", 0)])
+def test_work_of_a_gpu_is_not_told(monkeypatch: pytest.MonkeyPatch, device: str, told: int) -> None:
+    """This thread only starts it, so its CPU seconds say nothing. The GPU is a name here; the sums are on the CPU."""
+    trainer = new_trainer()
+    sums = trainer.forward_backward(4)
+    trainer.mesh.parts, trainer.device = 2, torch.device(device)
+    monkeypatch.setattr(trainer, "forward_backward", lambda rows: sums)
+    monkeypatch.setattr(trainer, "_clip", lambda names, norm: None)
+    monkeypatch.setattr("dsmini.training.trainer.synchronize", lambda device: None)
+    step = trainer.step()
+    assert len(step.work) == told and (step.spread is None) == (told == 0)
+
+
+def test_rows_of_a_larger_tensor_are_pinned_as_they_are_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Strided ones would be copied once more, from memory that is not pinned. The GPU is a name here."""
+    pinned: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor)
+    monkeypatch.setattr(Tensor, "to", lambda tensor, device, non_blocking: tensor)
+    rows = torch.arange(12).view(3, 4)[:, :-1]
+    assert not rows.is_contiguous() and torch.equal(sent(rows, torch.device("cuda")), rows)
+    assert [tensor.is_contiguous() for tensor in pinned] == [True]
 
 
 @pytest.mark.parametrize("place", PLACES)
