@@ -215,8 +215,8 @@ def gpu_tests(device: str) -> str:
 
 
 CHECKS: dict[str, Callable[[str], str]] = {
-    **{"versions": versions, "kernels": kernels, "model": model, "training": training, "processes": processes},
-    **{"speed": speed, "gpu-tests": gpu_tests},
+    check.__name__.replace("_", "-"): check
+    for check in (versions, kernels, model, training, processes, speed, gpu_tests)
 }
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from dsmini.atomic import new_file
 from dsmini.comparison.results import Results
-from dsmini.comparison.verdict import LEAST_PAIRS, MOST_SEEDS, Verdict, by_flips, seeds_to_decide, skewness, verdicts
+from dsmini.comparison.verdict import LEAST_PAIRS, MOST_SEEDS, Verdict, seeds_to_decide, skewness, verdicts
 from dsmini.console.messages import say
 from dsmini.measure.turns import Estimate, mean_of
 from dsmini.report.figures import Table, Toned
@@ -173,13 +173,9 @@ def _sentences(results: Results, found: Mapping[str, Verdict]) -> list[str]:
         else:
             small = ", less than the margin" if abs(d.value) < margin else ""
             told.append(f"{arm} is {verdict.word} than {base}, by {abs(d.value):.4f} nats a byte{small}.")
-        values = results.differences(arm)
-        if (skew := skewness(values)) is not None:
-            low, high = by_flips(values)
-            told.append(
-                f"{arm}: its differences are skewed ({skew:+.1f}), so Student's interval errs more often than in 5 %; "
-                f"by flips of signs it is {low:+.4f} to {high:+.4f}."
-            )
+        if (skew := skewness(results.differences(arm))) is not None:
+            more = "so Student's interval errs more often than in 5 %"
+            told.append(f"{arm}: its differences are skewed ({skew:+.1f}), {more}.")
     return told
 
 

@@ -52,7 +52,7 @@ def run_trial(
 
     Returns: loss in nats a byte (None if the run diverged), the ranges and their bytes a token, train_seconds and
         cpu_seconds of all steps, steps, tokens, parameters, active (None of a function's model), cache_bytes a token,
-        max_vio at the end and over all steps, acceptance of drafts, and what made it, as in results.made_here.
+        max_vio at the end, acceptance of drafts, and what made it, as in results.made_here.
     """
     trainer = prepared(arm, seed, cache)
     config, steps = trainer.config, trainer.config.train.steps
@@ -79,7 +79,6 @@ def run_trial(
         "active": None if arm.function else accounting.parameters(config.model).active,
         "cache_bytes": _cache_bytes(trainer),
         "max_vio": statistics.fmean(loads[-max(1, round(LAST * steps)) :]) if loads else None,
-        "max_vio_mean": statistics.fmean(loads) if loads else None,
         "acceptance": acceptance(trainer, windows) if len(trainer.model.mtp) else None,
         **made_here(trainer.device),
     }

@@ -11,8 +11,8 @@ named only if its interval at the level 1 - 5 % / (m - i + 1) leaves 0 out, and 
 equality two one-sided tests at 5 % / m must hold: the interval at the level 1 - 10 % / m lies within the margin.
 
 The levels hold for a number of seeds that was chosen before, and for differences that are as often far above their mean
-as far below it. Skewed ones are named wrongly more often; `skewness` tells, and `by_flips` gives an interval of another
-kind to compare with. Who looks after each seed and stops at the first verdict is wrong more often.
+as far below it. Skewed ones are named wrongly more often, which `skewness` tells. Who looks after each seed and stops
+at the first verdict is wrong more often.
 
 Source: Holm 1979, A simple sequentially rejective multiple test procedure; Schuirmann 1987 for equality.
 """
@@ -31,7 +31,6 @@ Word = Literal["better", "worse", "equal", "undecided", "diverged"]
 MOST_SEEDS = 100_000
 LEAST_PAIRS = 5
 """Number of pairs from which an arm is decided: an interval of fewer rests on the shape of the distribution alone."""
-FLIPS = 4096
 MANY = 300
 """Degrees of freedom beyond which Student's t changes by less than half a percent."""
 POWER = 0.8
@@ -129,23 +128,3 @@ def skewness(values: Sequence[float]) -> float | None:
     found = float((x**3).mean() / (x**2).mean() ** 1.5)
     error = math.sqrt(6 * n * (n - 1) / ((n - 2) * (n + 1) * (n + 3)))
     return found if abs(found) > 2 * error else None
-
-
-def by_flips(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % interval of the mean from flips of signs: the shifts that leave it within its chance.
-
-    Source: Fisher 1935, The Design of Experiments, section 21; drawn at random, as there are 2^n flips.
-    """
-    x, signs = np.asarray(values), np.random.default_rng(0).choice((-1.0, 1.0), (FLIPS, len(values)))
-    flipped, turned, mean = (signs * x).mean(1), signs.mean(1), float(x.mean())
-
-    def edge(far: float) -> float:
-        near = mean
-        for _ in range(60):
-            middle = (near + far) / 2
-            chance = (np.abs(flipped - middle * turned) >= abs(mean - middle) * (1 - 1e-12)).mean()
-            near, far = (middle, far) if chance > 2 * TAIL else (near, middle)
-        return near
-
-    reach = float(np.ptp(x)) + 1e-12
-    return edge(mean - reach), edge(mean + reach)

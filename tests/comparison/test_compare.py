@@ -251,9 +251,7 @@ def test_times_on_a_gpu_are_those_that_passed() -> None:
 def test_a_skewed_arm_is_said_to_be() -> None:
     losses = [1 + 0.01 * (2**i) / 100 for i in range(12)]
     results = results_of({"base": [(1.0, None)] * 12, "idea": [(loss, None) for loss in losses]})
-    assert any(
-        "its differences are skewed (+" in line and "by flips of signs" in line for line in answer_of(results).sentences
-    )
+    assert any("its differences are skewed (+" in line for line in answer_of(results).sentences)
 
 
 def test_a_gpu_keeps_its_number(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from dsmini.comparison.verdict import Word, by_flips, p_value, seeds_to_decide, skewness, verdicts
+from dsmini.comparison.verdict import Word, p_value, seeds_to_decide, skewness, verdicts
 
 
 def word_of(values: list[float], diverged: int = 0) -> Word:
@@ -79,16 +79,3 @@ def test_skewed_differences_are_known_by_their_tail() -> None:
     assert skewness(even) is None and skewness([0.0] * 9) is None and skewness([1.0, 2.0, 90.0]) is None
     assert (found := skewness(skewed)) is not None and found > 1
     assert (other := skewness([-x for x in skewed])) == pytest.approx(-found) and other < 0
-
-
-def test_flips_of_signs_hold_the_mean_of_even_differences_in_95_of_100() -> None:
-    """With three deviations more or less; of normal differences the interval is about Student's."""
-    rng, times = random.Random(4), 300
-    inside = 0
-    for _ in range(times):
-        low, high = by_flips([rng.uniform(-1, 3) for _ in range(12)])
-        inside += low <= 1 <= high
-    assert abs(inside / times - 0.95) <= 3 * (0.95 * 0.05 / times) ** 0.5
-    values = [rng.gauss(1, 1) for _ in range(30)]
-    student = verdicts({"arm": values}, 0.01, {})["arm"].difference
-    assert by_flips(values) == pytest.approx((student.low, student.high), abs=0.08)
