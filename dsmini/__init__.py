@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         RMSNorm,
         Transformer,
     )
-    from dsmini.numerics import Accumulator, QuantizedTensor, fp8_matmul, quantize
+    from dsmini.numerics import QuantizedTensor, fp8_matmul, quantize
     from dsmini.ops import prepare
 
 if sys.platform == "win32":
@@ -41,7 +41,6 @@ __all__ = [
     "DSA",
     "MLA",
     "MTP",
-    "Accumulator",
     "Attention",
     "Block",
     "DataConfig",

@@ -420,6 +420,11 @@ class ModelConfig:
             return self.index_source(layer) == layer
         return self.compress_ratio(layer) == CSA_RATIO
 
+    @property
+    def tokens_per_key(self) -> int:
+        """Return the number of tokens that a key of an indexer stands for."""
+        return CSA_RATIO if self.attention in V4 else 1
+
     def is_hashed(self, layer: int) -> bool:
         """Return True if block `layer` chooses experts by a table from token ids."""
         return layer < self.n_hash_layers

@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.functional.layers import is_slow_bf16
+from dsmini.functional.layers import is_slow_bf16, joined
+from dsmini.numerics import at_least_fp32
 
 # Up to this many tokens a CPU is faster with explicit logits than with torch's flash attention (docs/log.md).
 EXPLICIT_UP_TO = 128
@@ -203,13 +204,13 @@ def cached_attention_eager(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: 
         # keys times queries: with few queries a CPU takes a sixth of the time of queries times keys (docs/log.md)
         few = rows.shape[1] < t
         logits = _times(k, rows.mT).mT if few else rows @ k.reshape(b * g, t, -1).mT
-        logits = _wide(logits).mul(scale)
+        logits = at_least_fp32(logits).mul(scale)
         if mask is not None:
             heads = logits.reshape(b, h, -1, t)
             logits = heads.masked_fill(mask[:, None, start : start + BLOCK], -torch.inf).view(logits.shape)
         y = _weighted(logits.softmax(-1).to(v.dtype), v)
         blocks.append(y.view(b, h, -1, v.shape[-1]))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 2)
+    return joined(blocks, 2)
 
 
 @ops.eager("absorbed_attention")
@@ -228,14 +229,10 @@ def absorbed_attention_eager(
     return rearrange(y, "h (b s) v -> b s (h v)", s=s)
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _times(keys: Tensor, queries: Tensor) -> Tensor:
     """Multiply keys [b, g, t, d] by queries [b * g, d, n]."""
     parts = [part.flatten(0, 1) @ queries for part in split_keys(keys)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return joined(parts, 1)
 
 
 def _weighted(weights: Tensor, values: Tensor) -> Tensor:
@@ -244,7 +241,7 @@ def _weighted(weights: Tensor, values: Tensor) -> Tensor:
     if len(parts) == 1:
         return weights @ values.flatten(0, 1)
     shares = weights.split(parts[0].shape[2], 2)
-    sums = (_wide(w @ part.flatten(0, 1)) for w, part in zip(shares, parts, strict=True))
+    sums = (at_least_fp32(w @ part.flatten(0, 1)) for w, part in zip(shares, parts, strict=True))
     return functools.reduce(torch.add, sums).to(values.dtype)
 
 

@@ -26,6 +26,7 @@ from dsmini.functional.layers import product_dtype
 from dsmini.numerics import (
     QuantizedTensor,
     Weight,
+    at_least_fp32,
     dense,
     fp8_matmul,
     fp8_swiglu_matmul,
@@ -95,8 +96,7 @@ def run_experts(
     if x.shape[0] == 1:  # decoding: nothing to sort
         shares = weights.view(-1, 1, 1) if weighed else [None] * indices.shape[1]
         y = torch.cat([expert(i, x, share) for i, share in zip(indices[0].tolist(), shares, strict=True)])
-        wide = torch.promote_types(y.dtype, torch.float32)
-        return y.sum(0, keepdim=True, dtype=wide) if weighed else weights.to(x.dtype) @ y
+        return at_least_fp32(y).sum(0, keepdim=True) if weighed else weights.to(x.dtype) @ y
     slots = sort_by_expert(indices, e)
     sizes = group_sizes(slots.ends).tolist()
     shares = weights_of_slots(weights, slots).split(sizes) if weighed else [None] * e

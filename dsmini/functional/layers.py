@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsmini import machine, ops
-from dsmini.numerics import QuantizedTensor
+from dsmini.numerics import QuantizedTensor, at_least_fp32
 
 KERNEL_FROM = 1 << 14
 """Numbers from which a norm in training asks for its kernel, which may have to be compiled."""
@@ -36,6 +36,11 @@ def quantized_linear_eager(x: Tensor, weight: QuantizedTensor) -> Tensor:
 def product_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which these rows are multiplied fastest."""
     return torch.float32 if x.shape[:-1].numel() >= FEW_ROWS and is_slow_bf16(x) else x.dtype
+
+
+def joined(parts: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
+    """Return parts as one tensor; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def is_slow_bf16(x: Tensor) -> bool:
@@ -72,7 +77,7 @@ def trained_norm(
     x: Float[Tensor, "*batch m"], weight: Float[Tensor, " m"], eps: float
 ) -> tuple[Float[Tensor, "*batch m"], Float[Tensor, "*batch 1"]]:
     """Return rms_norm, and each row's 1 / sqrt(mean(x^2) + eps)."""
-    y = x.to(torch.promote_types(x.dtype, torch.float32))
+    y = at_least_fp32(x)
     norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
     inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return (y * inverse).mul_(weight).to(x.dtype), inverse
@@ -102,7 +107,7 @@ def rms_norm_eager(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     of the time, less by a kernel (docs/log.md), and keep x instead of FP32 copies.
     """
     if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        y = x.to(torch.promote_types(x.dtype, torch.float32))
+        y = at_least_fp32(x)
         return F.rms_norm(y, weight.shape, weight.to(y.dtype), eps).to(x.dtype)
     known = x.dtype in (torch.float32, torch.bfloat16) and weight.dtype == torch.float32
     served = known and x.numel() >= KERNEL_FROM and weight.shape == x.shape[-1:]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from dsmini import ops
+from dsmini.functional.layers import joined
 
 BLOCK_BYTES = 4 << 20
 """Bytes of products of heads with keys, and of gathered rows, that exist at a time on a CPU, to stay in its caches."""
@@ -38,7 +39,7 @@ def topk_keys_eager(q: Tensor, k: Tensor, weights: Tensor, topk: int, mask: Tens
         part = slice(start, start + rows)
         scores = index_scores(q[:, part], k, weights[:, part]).masked_fill_(mask[:, part], -torch.inf)
         blocks.append(_first_largest(scores, min(topk, t)))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+    return joined(blocks, 1)
 
 
 def _first_largest(scores: Float[Tensor, "b s t"], k: int) -> Int[Tensor, "b s k"]:
@@ -72,7 +73,7 @@ def topk_attention_eager(
         nope, rope, none = (rearrange(x, "b s ... -> (b s) 1 ...") for x in (*part[:2], part[2] < 0))
         y = ops.find("absorbed_attention")(nope, rope, chosen, w_uk, w_uv, scale, none)
         blocks.append(rearrange(y, "(b s) 1 d -> b s d", b=b))
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+    return joined(blocks, 1)
 
 
 @ops.eager("entry_attention")

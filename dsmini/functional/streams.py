@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dsmini import ops
+from dsmini.numerics import at_least_fp32
 
 Operation = ops.Operation[..., Any]
 KERNEL_FROM = 1 << 12
@@ -33,23 +34,19 @@ def stream_mixes_eager(streams: Tensor, fn: Tensor, eps: float) -> Tensor:
         return ops.find("stream_mixes").reference(streams, fn, eps)
 
     def forward(streams: Tensor, fn: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        x = _wide(streams)
+        x = at_least_fp32(streams).flatten(-2)
         inverse = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2 / x.shape[-1] + eps).rsqrt_()
         y = F.linear(x, fn.to(x.dtype)).mul_(inverse)
         return y, (streams, fn, y, inverse)
 
     def gradients(grad: Tensor, streams: Tensor, fn: Tensor, y: Tensor, inverse: Tensor) -> list[Tensor]:
-        x, scaled = _wide(streams), grad * inverse
+        x, scaled = at_least_fp32(streams).flatten(-2), grad * inverse
         along = (grad * y).sum(-1, keepdim=True) * inverse.square() / -x.shape[-1]
         dx = (scaled @ fn.to(x.dtype)).addcmul_(x, along)
         dfn = scaled.flatten(0, -2).T @ x.flatten(0, -2)
         return [dx.view(streams.shape).to(streams.dtype), dfn.to(fn.dtype)]
 
     return ops.trained(forward, gradients, streams, fn)
-
-
-def _wide(streams: Float[Tensor, "*b n m"]) -> Float[Tensor, "*b nm"]:
-    return streams.to(torch.promote_types(streams.dtype, torch.float32)).flatten(-2)
 
 
 @ops.eager("sinkhorn")

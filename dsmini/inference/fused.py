@@ -345,7 +345,7 @@ class Decoder:
             # 4. the final norm: [b, s, m]
             last = model.collapse(x)
             states = normed(last, model.norm) if self._plain_norm else model.norm(last.to(self._dtype))
-            return States(states, x if model.mtp.pre_norm else states, routing, [])
+            return States(states, model.mtp.given(x, states), routing, [])
 
     def logits(self, states: Float[Tensor, "*b m"]) -> Float[Tensor, "*b v"]:
         """Return the head's logits. A head that is not dsmini's, such as LoRA's wrapper, gets the compute dtype."""
@@ -386,7 +386,7 @@ class Decoder:
             at = at.moved_back(depth)
             x, _ = _run(x, [weights], [cache.views(at)[k]], self._angles(at), starts, tokens)
             states = normed(x, module.norm)
-            return states, x if chain.pre_norm else states
+            return states, chain.given(x, states)
 
     def _angles(self, place: CachePositions) -> dict[Rope, CosSin]:
         """Return the cos and sin that a step wants: of new tokens [#b, s, pairs], or of all positions."""

@@ -10,7 +10,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from dsmini.config.model import CSA_RATIO, V4
 from dsmini.inference.fused import Decoder
 from dsmini.inference.sampling import Sampling, draw, is_whole, log_probabilities
 from dsmini.inference.speculative import Drafter, accept, accept_greedy
@@ -153,7 +152,7 @@ def generate(
     experts = keys = None
     if routing:
         read = max(0, int(lengths.max()) - 1)
-        most = read // (CSA_RATIO if model.config.attention in V4 else 1)
+        most = read // model.config.tokens_per_key
         experts = [layer[:, :read] for layer in generation.experts]
         keys = [layer[:, :read, :most] for layer in generation.keys]
     return Generated(padded(generation.rows), lengths, generation.stats, logprobs, experts, keys)

@@ -83,6 +83,10 @@ class ByteRow:
     def width(self) -> int:
         return sum(self.widths)
 
+    def stored_in(self, dtype: torch.dtype | str) -> "Codec":
+        """Return the format of the same numbers in the dtype of a cache: this one in "fp8"."""
+        return Numbers(self.numbers, dtype) if isinstance(dtype, torch.dtype) else self
+
     def encode(self, rows: Float[Tensor, "*n numbers"]) -> UInt8[Tensor, "*n width"]:
         unrotated, rotated = rows.split((self.unrotated, self.rotated), -1)
         codes, scales = quantize_tiles(unrotated.float(), (1, self.tile), self.scale, self.format, self.amax_min)

@@ -657,14 +657,11 @@ class CompressedAttention(FP32Module):
 
         Formats in FP8 and FP4: codec.py.
         """
-        numbers = dtype if isinstance(dtype, torch.dtype) else None
-        key = key_row(self.head_dim - self.rope.dim, self.rope.dim)
-        key = key if numbers is None else Numbers(self.head_dim, numbers)
+        key = key_row(self.head_dim - self.rope.dim, self.rope.dim).stored_in(dtype)
         window = Rows(batch_size, min(self.window_size + SLACK, max_seq_len), key, device, None)
         index = None
         if self.indexer is not None:
-            d = self.indexer.head_dim
-            keys = index_entry_row(d) if numbers is None else Numbers(d, numbers)
+            keys = index_entry_row(self.indexer.head_dim).stored_in(dtype)
             index = Stores(**self.indexer.compressor.new_rows(window, max_seq_len, keys))
         entries = {} if self.compressor is None else self.compressor.new_rows(window, max_seq_len, key)
         return Stores(window=window, **entries, index=index)

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config
 from dsmini.nn.attention import Context, Mask, attend, cached_attention
-from dsmini.nn.cache import CacheDtype, LayerCache, Rows
+from dsmini.nn.cache import CacheDtype, Rows
 from dsmini.nn.codec import index_row
 from dsmini.nn.gate import stable_topk
 from dsmini.nn.layers import FP32Linear, LayerNorm, Projection, at_least_fp32, make_linear
@@ -416,13 +416,8 @@ class DSA(MLA):
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Rows:
         """Return MLA's cache with another one for the indexer's keys, whose scales in FP8 are powers of two."""
         cache = super().new_cache(batch_size, max_seq_len, dtype, device)
-        if self.indexer is None:
-            return cache
-        d = self.indexer.head_dim
-        if dtype == "fp8":
-            cache.index = Rows(batch_size, max_seq_len, index_row(d), device)
-        else:
-            cache.index = LayerCache(batch_size, max_seq_len, d, dtype, device)
+        if self.indexer is not None:
+            cache.index = Rows(batch_size, max_seq_len, index_row(self.indexer.head_dim).stored_in(dtype), device)
         return cache
 
     @torch.no_grad()

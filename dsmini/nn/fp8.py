@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.nn.attention import Context
 from dsmini.nn.layers import Linear, Projection, in_fp8, linear, quantize_once
-from dsmini.nn.moe import Experts, FeedForward, experts
+from dsmini.nn.moe import Experts, FeedForward, experts, sum_of_experts
 from dsmini.numerics import (
     WEIGHT_TILE,
     QuantizedTensor,
@@ -30,7 +30,6 @@ from dsmini.numerics import (
     fp8_swiglu_matmul,
     matrix_of,
     quantize,
-    rows_of,
     swiglu,
 )
 from dsmini.numerics.quantization import FormatName, Scale, Tile
@@ -81,16 +80,12 @@ def fp8_experts(
 
     Source: DeepSeek-V3 report, section 3.3.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    y = torch.zeros(x.shape, dtype=x.dtype if limit is None else wide, device=x.device)
-    for i in indices.unique().tolist():
-        token, choice = (indices == i).nonzero(as_tuple=True)
-        rows, share = rows_of(x, token), weights[token, choice, None]
-        gate, up = fp8_matmul(rows, matrix_of(w1, i)), fp8_matmul(rows, matrix_of(w3, i))
-        before = None if limit is None else share
-        out = fp8_swiglu_matmul(gate, up, matrix_of(w2, i), limit=limit, weights=before)
-        y = y.index_add(0, token, share.to(x.dtype) * out if limit is None else out.to(wide))
-    return y
+
+    def expert(i: int, rows: QuantizedTensor, share: Tensor | None) -> Tensor:
+        gate, up = (fp8_matmul(rows, matrix_of(w, i)) for w in (w1, w3))
+        return fp8_swiglu_matmul(gate, up, matrix_of(w2, i), limit=limit, weights=share)
+
+    return sum_of_experts(expert, x, indices, weights, limit)
 
 
 def fp8_weights(model: nn.Module) -> dict[str, "Projection | Experts"]:

@@ -91,37 +91,21 @@ def stream_mixes(streams: Float[Tensor, "*b n m"], fn: Float[Tensor, "r nm"], ep
     return F.linear(flat, fn.to(flat.dtype)) * torch.rsqrt(flat.square().mean(-1, keepdim=True) + eps)
 
 
-class HyperConnection(FP32Module):
-    """The connection of one sublayer to the streams.
-
-    It starts as a pre-norm residual: from equal streams a sublayer reads their common value, and its output is added to
-    each of them. It reads most from its home stream, so that the streams part as they learn.
+class StreamWeights(FP32Module):
+    """Base of what weighs streams: rows of fn with a bias each, and a scale for each part of them.
 
     Args:
         dim: m, width of a stream.
         n_streams: n.
-        sinkhorn_iters: divisions of rows and columns, V4's hc_sinkhorn_iters.
         eps: V4's hc_eps.
         norm_eps: eps of the norm of the streams.
-        home: number of a stream; sublayers in turns have others.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        n_streams: int = 4,
-        *,
-        sinkhorn_iters: int = 20,
-        eps: float = 1e-6,
-        norm_eps: float = 1e-6,
-        home: int = 0,
-    ) -> None:
+    def __init__(self, dim: int, n_streams: int = 4, *, eps: float = 1e-6, norm_eps: float = 1e-6) -> None:
         super().__init__()
         self.n: int = n_streams
-        self.sinkhorn_iters: int = sinkhorn_iters
         self.eps: float = eps
         self.norm_eps: float = norm_eps
-        self.home: int = home % n_streams
         self.rows: list[int] = self.rows_of(n_streams)
         rows = sum(self.rows)
         self.fn: nn.Parameter = nn.Parameter(torch.empty(rows, n_streams * dim, dtype=torch.float32))
@@ -131,24 +115,55 @@ class HyperConnection(FP32Module):
 
     @staticmethod
     def rows_of(n: int) -> list[int]:
-        """Return the number of rows of fn for each scale: for pre, for post, and for comb row by row."""
-        return [n, n, n * n]
+        """Return the number of rows of fn for each scale."""
+        return [n]
+
+    def first_base(self) -> Float[Tensor, " r"]:
+        """Return the bias of each row at first, or of more."""
+        raise NotImplementedError
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Start as a pre-norm residual: nothing depends on the token yet."""
-        n = self.n
-        away = min(AWAY, 0.5 / max(1, n - 1))
-        pre = torch.full((n,), away, dtype=torch.float32)
-        pre[self.home] = 1 - (n - 1) * away
-        first = torch.cat(((pre - self.eps).logit(), torch.zeros(n), KEEP * torch.eye(n).flatten()))
+        """Begin with weights of which none depends on the token yet."""
         with torch.no_grad():
             self.fn.zero_()
             self.scale.fill_(GATE)
-            self.base.copy_(placed_as(first[: len(self.base)], self.base))
+            self.base.copy_(placed_as(self.first_base()[: len(self.base)], self.base))
 
     def expand(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s n m"]:
         """Return equal streams of x; x itself where it is streams."""
         return expand(x, self.n)
+
+
+class HyperConnection(StreamWeights):
+    """The connection of one sublayer to the streams.
+
+    It starts as a pre-norm residual: from equal streams a sublayer reads their common value, and its output is added to
+    each of them. It reads most from its home stream, so that the streams part as they learn.
+
+    Args:
+        sinkhorn_iters: divisions of rows and columns, V4's hc_sinkhorn_iters.
+        home: number of a stream; sublayers in turns have others.
+        sizes: as of StreamWeights.
+    """
+
+    def __init__(
+        self, dim: int, n_streams: int = 4, *, sinkhorn_iters: int = 20, home: int = 0, **sizes: float
+    ) -> None:
+        self.sinkhorn_iters: int = sinkhorn_iters
+        self.home: int = home % n_streams
+        super().__init__(dim, n_streams, **sizes)
+
+    @staticmethod
+    def rows_of(n: int) -> list[int]:
+        """Return the number of rows of fn for each scale: for pre, for post, and for comb row by row."""
+        return [n, n, n * n]
+
+    def first_base(self) -> Float[Tensor, " r"]:
+        n = self.n
+        away = min(AWAY, 0.5 / max(1, n - 1))
+        pre = torch.full((n,), away, dtype=torch.float32)
+        pre[self.home] = 1 - (n - 1) * away
+        return torch.cat(((pre - self.eps).logit(), torch.zeros(n), KEEP * torch.eye(n).flatten()))
 
     def read(self, streams: Float[Tensor, "b s n m"]) -> tuple[Float[Tensor, "b s m"], Mix]:
         """Return what the sublayer reads, and the weights of what it will write."""
@@ -207,35 +222,15 @@ def expand(x: Float[Tensor, "b s *streams m"], n_streams: int) -> Float[Tensor, 
     return x if x.dim() == 4 else x.unsqueeze(-2).expand(*x.shape[:-1], n_streams, x.shape[-1])
 
 
-class StreamHead(FP32Module):
+class StreamHead(StreamWeights):
     """The ends of the streams: equal streams of an embedding, and their weighted sum before the last norm.
 
     The sum starts as the mean.
-
-    Args:
-        dim, n_streams, eps, norm_eps: as those of a HyperConnection.
     """
 
-    def __init__(self, dim: int, n_streams: int = 4, *, eps: float = 1e-6, norm_eps: float = 1e-6) -> None:
-        super().__init__()
-        self.n: int = n_streams
-        self.eps: float = eps
-        self.norm_eps: float = norm_eps
-        self.fn: nn.Parameter = nn.Parameter(torch.empty(n_streams, n_streams * dim, dtype=torch.float32))
-        self.base: nn.Parameter = nn.Parameter(torch.empty(n_streams, dtype=torch.float32))
-        self.scale: nn.Parameter = nn.Parameter(torch.empty(1, dtype=torch.float32))
-        self.reset_parameters()
-
-    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        with torch.no_grad():
-            self.fn.zero_()
-            self.scale.fill_(GATE)
-            share = 1 / len(self.base) - self.eps
-            self.base.fill_(math.log(share / (1 - share)))
-
-    def expand(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s n m"]:
-        """Return equal streams."""
-        return expand(x, self.n)
+    def first_base(self) -> Float[Tensor, " n"]:
+        share = 1 / self.n - self.eps
+        return torch.full((self.n,), math.log(share / (1 - share)), dtype=torch.float32)
 
     def collapse(self, streams: Float[Tensor, "b s n m"]) -> Float[Tensor, "b s m"]:
         """Return one hidden state of each position's streams."""

@@ -11,14 +11,9 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig
 from dsmini.nn.first_values import draw_first, draw_normal
-from dsmini.numerics import QuantizedTensor, quantize
+from dsmini.numerics import QuantizedTensor, at_least_fp32, quantize
 
 M = TypeVar("M", bound=nn.Module)
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """Return x in FP32, or in FP64 if it is that already: the least precision of norms, softmax, gates and losses."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 class FP32Module(nn.Module):

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, mask_function
 from dsmini.nn.attention import Context, Mask, attend, context_of
-from dsmini.nn.cache import CacheDtype, ChosenForm, LayerCache, LayerCacheView, Rows
+from dsmini.nn.cache import CacheDtype, ChosenForm, LayerCacheView, Rows
 from dsmini.nn.codec import latent_row
 from dsmini.nn.layers import (
     Projection,
@@ -230,10 +230,7 @@ class MLA(nn.Module):
 
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Rows:
         """Return the layer's empty cache: a row holds the latent and the rotary key."""
-        c, r = self.kv_lora_rank, self.rope.dim
-        if dtype == "fp8":
-            return Rows(batch_size, max_seq_len, latent_row(c, r), device)
-        return LayerCache(batch_size, max_seq_len, c + r, dtype, device)
+        return Rows(batch_size, max_seq_len, latent_row(self.kv_lora_rank, self.rope.dim).stored_in(dtype), device)
 
     def absorbed_halves(
         self, dtype: torch.dtype, memo: dict[str, Any] | None = None

@@ -14,7 +14,8 @@ from dsmini.nn.attention import Context
 from dsmini.nn.first_values import draw_first, draw_normal
 from dsmini.nn.gate import Gate, Routing
 from dsmini.nn.layers import Projection, at_least_fp32, in_precision, is_plain, make_linear, quantize_once
-from dsmini.numerics import QuantizedTensor, swiglu
+from dsmini.numerics import QuantizedTensor, rows_of, swiglu
+from dsmini.numerics.quantization import X
 
 
 class FeedForward(nn.Module):
@@ -55,14 +56,34 @@ def experts(
 
     Source: the released code of both; in FP32 they are the same.
     """
-    y = x.new_zeros(x.shape, dtype=x.dtype if limit is None else at_least_fp32(x).dtype)
+
+    def expert(i: int, rows: Tensor, share: Tensor | None) -> Tensor:
+        gate, up = (rows @ w[i].to(x.dtype).T for w in (w1, w3))
+        return swiglu(gate, up, limit, share) @ w2[i].to(x.dtype).T
+
+    return sum_of_experts(expert, x, indices, weights, limit)
+
+
+def sum_of_experts(
+    run: Callable[..., Tensor],
+    x: X,
+    indices: Int[Tensor, "n k"],
+    weights: Float[Tensor, "n k"],
+    limit: float | None,
+) -> Float[Tensor, "n m"]:
+    """Return the weighted sum of what each token's chosen experts make of it, one after the other.
+
+    Args:
+        run: run(i, rows, share) returns what expert i makes of some rows of x. With a limit, share [rows, 1] has their
+            weights, by which it multiplies before w2.
+    """
+    summed = x.dtype if limit is None else torch.promote_types(x.dtype, torch.float32)
+    y = torch.zeros(x.shape, dtype=summed, device=x.device)
     for i in indices.unique().tolist():
         token, choice = (indices == i).nonzero(as_tuple=True)
-        rows, share = x[token], weights[token, choice, None]
-        gate, up = (rows @ w[i].to(x.dtype).T for w in (w1, w3))
-        inner = swiglu(gate, up, limit, None if limit is None else share)
-        out = inner @ w2[i].to(x.dtype).T
-        y = y.index_add(0, token, share.to(x.dtype) * out if limit is None else out.to(y.dtype))
+        share = weights[token, choice, None]
+        out = run(i, rows_of(x, token), None if limit is None else share)
+        y = y.index_add(0, token, share.to(x.dtype) * out if limit is None else out.to(summed))
     return y
 
 

@@ -108,6 +108,12 @@ class MTPChain(nn.ModuleList):
         self.pre_norm: bool = config.mtp_input == "pre_norm" or config.hc_mult > 1
         """True if a depth reads what the last block gave, False if it reads the normed states."""
 
+    def given(
+        self, x: Float[Tensor, "b s *streams m"], normed: Float[Tensor, "b s m"]
+    ) -> Float[Tensor, "b s *streams m"]:
+        """Return what the next depth reads of the states before and after a norm."""
+        return x if self.pre_norm else normed
+
     def __getitem__(self, index: Any) -> Any:
         """Return a block, or a plain ModuleList of several: a chain is made from a config."""
         return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
@@ -148,7 +154,7 @@ class MTPChain(nn.ModuleList):
             inputs = (hidden, embedding, context)
             x, normed, aux = ops.recomputed(block, *inputs) if recompute else block(*inputs)
             # 3. the head reads the normed states; the next depth those before or after the norm
-            hidden = x if self.pre_norm else normed
+            hidden = self.given(x, normed)
             all_normed.append(normed)
             found.append(aux)
         return all_normed, found
@@ -193,4 +199,4 @@ class MTPChain(nn.ModuleList):
         block, at = cast(MTP, self[k]), at.moved_back(k + 1)
         context = Context(positions=at.positions, tokens=tokens, cache=cache.views(at)[k])
         x, normed, _ = block(before, embedding, context)
-        return normed, x if self.pre_norm else normed
+        return normed, self.given(x, normed)

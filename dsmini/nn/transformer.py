@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dsmini import ops
 from dsmini.config import ModelConfig, layer_config, require_subclass
-from dsmini.config.model import CSA_RATIO, V4
+from dsmini.config.model import V4
 from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, Block, run_block
 from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy, MTPCache, check_cache
@@ -230,8 +230,7 @@ class Transformer(nn.Module):
         found: list[dict[str, Any]] = [{} for _ in self.layers]
         if routing is None and keys is None:  # as in every step of decoding
             return found
-        c, s = self.config, tokens.shape[-1]
-        m = CSA_RATIO if c.attention in V4 else 1
+        c, s, m = self.config, tokens.shape[-1], self.config.tokens_per_key
         seen: Any = (torch.arange(s, device=tokens.device)[:, None] + 1) // m
         kinds = (
             ("routing", "experts", routing, "MoE layer", c.is_moe, c.n_activated_experts, c.n_routed_experts),
@@ -266,7 +265,7 @@ class Transformer(nn.Module):
     def states_of(self, x: Float[Tensor, "b s *streams m"], found: list[Aux]) -> States:
         """Return the states after the last block, whose output is x, and what all blocks found."""
         normed = self.norm(self.collapse(x))
-        return States(normed, x if self.mtp.pre_norm else normed, *_listed(found, self.config))
+        return States(normed, self.mtp.given(x, normed), *_listed(found, self.config))
 
     def expand(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s *streams m"]:
         """Return what the first block gets of the embeddings: themselves, or equal streams of them."""

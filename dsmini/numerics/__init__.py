@@ -1,14 +1,12 @@
 """Short number formats, tiles with a scale each, and products of them."""
 
 from dsmini.numerics.dispatch import grouped_linear
-from dsmini.numerics.formats import E2M1, E4M3, E5M2, E5M6, FORMATS, Format
+from dsmini.numerics.formats import E2M1, E4M3, E5M2, E5M6, FORMATS, Format, at_least_fp32
 from dsmini.numerics.fp4 import FP4_BLOCK, dequantize_fp4, fp4_to_fp8, quantize_fp4, round_fp4
-from dsmini.numerics.gemm import Accumulator, fp8_matmul, fp8_swiglu_matmul
+from dsmini.numerics.gemm import fp8_matmul, fp8_swiglu_matmul
 from dsmini.numerics.quantization import (
-    ACTIVATION_TILE,
     AMAX_MIN,
     SMALLEST_AMAX,
-    TOKEN_TILE,
     WEIGHT_TILE,
     QuantizedTensor,
     Weight,
@@ -25,7 +23,6 @@ from dsmini.numerics.quantization import (
 from dsmini.numerics.swiglu import swiglu
 
 __all__ = [
-    "ACTIVATION_TILE",
     "AMAX_MIN",
     "E2M1",
     "E4M3",
@@ -34,12 +31,11 @@ __all__ = [
     "FORMATS",
     "FP4_BLOCK",
     "SMALLEST_AMAX",
-    "TOKEN_TILE",
     "WEIGHT_TILE",
-    "Accumulator",
     "Format",
     "QuantizedTensor",
     "Weight",
+    "at_least_fp32",
     "dense",
     "dequantize_fp4",
     "dequantize_tiles",

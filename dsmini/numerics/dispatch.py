@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dsmini import ops
+from dsmini.numerics.formats import at_least_fp32
 from dsmini.numerics.quantization import QuantizedTensor, listed_sizes, rows_of
 
 
@@ -67,7 +68,7 @@ def combine(
         weighed: rows are V4's, with their weights already; they are added in FP32, and the result is FP32.
     """
     if weighed:
-        rows, weights = rows.to(torch.promote_types(rows.dtype, torch.float32)), torch.ones_like(weights)
+        rows, weights = at_least_fp32(rows), torch.ones_like(weights)
     of_weights = weights.requires_grad
 
     def forward(rows: Tensor, weights: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -132,6 +132,11 @@ def next_power_of_two(x: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
     return torch.where(x.isnan(), x, up)
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    """Return x in FP32, or in FP64 if it is that already: the least precision of norms, softmax, gates and losses."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def _single(x: Tensor) -> Tensor:
     """Return x in FP32, for a rounding to come."""
     if x.dtype == torch.float64:

@@ -16,13 +16,12 @@ each expert's last; None: there is one matrix for all rows.
 Simulated: with power-of-two scales a dequantized E4M3 value is a BF16 value. So a BF16 product of the dequantized
 operands, which sums in FP32, is the FP8 product, except for the order of its sums and the rounding of its result. With
 FP32 scales, or results other than BF16, an FP32 product runs. The weight's gradient is rounded to the result's dtype
-before it is added to that of an FP32 parameter. `Accumulator` emulates the narrow sums of Hopper's tensor cores.
+before it is added to that of an FP32 parameter.
 
 An infinity or NaN makes NaN of its whole tile, and of the results that the tile takes part in.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -51,70 +50,6 @@ from dsmini.numerics.quantization import (
 )
 from dsmini.numerics.swiglu import swiglu, swiglu_gradients
 
-GROUP = 32
-"""Number of products that an emulated accumulator adds at once."""
-AT_A_TIME = 1 << 22
-"""Maximum number of products in memory."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Accumulator:
-    """Precision of a sum of products: the narrow accumulator of Hopper's tensor cores, emulated.
-
-    H800 tensor cores add FP8 products at about 14 bits, not in FP32 (report, section 3.5.2). They shift 32 products at
-    a time to the exponent of the largest and drop the bits that fall off the end. A growing sum loses bits in the same
-    way. At K = 4096 DeepSeek saw errors of nearly 2 %. Their cure is to move the partial sum into an FP32 register
-    every N_C = 128 products (section 3.3.2, figure 7b).
-
-    Simulated: the hardware is not documented to the bit. This code truncates where the report says that bits are lost,
-    and reproduces the errors that it reports. It is slow, and only for looking at errors.
-    """
-
-    bits: int = 14
-    """Bits of the significand of a partial sum."""
-    promote_every: int | None = 128
-    """Number of products after which the partial sum moves into FP32 (N_C), a multiple of 32; None: only at the end."""
-
-    def __post_init__(self) -> None:
-        if type(self.bits) is not int or not 2 <= self.bits <= 24:
-            raise ValueError(f"bits={self.bits} is not a width of an accumulator; use 2 to 24")
-        if self.promote_every is not None and (self.promote_every < GROUP or self.promote_every % GROUP):
-            raise ValueError(
-                f"promote_every={self.promote_every} is not a multiple of {GROUP}, in which products are added"
-            )
-
-    def matmul(self, a: Float[Tensor, "n k"], b: Float[Tensor, "m k"]) -> Float[Tensor, "n m"]:
-        """Return a b^T in FP32, each sum computed in this accumulator."""
-        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1]:
-            raise ValueError(f"a is {list(a.shape)}, b is {list(b.shape)}; want [n, k] and [m, k]")
-        rows = max(1, AT_A_TIME // max(1, b.shape[0] * GROUP))
-        parts = [self._matmul(part.float(), b.float()) for part in a.split(rows)]
-        return torch.cat(parts) if parts else a.new_zeros(0, b.shape[0], dtype=torch.float32)
-
-    def _matmul(self, a: Tensor, b: Tensor) -> Tensor:
-        total = a.new_zeros(a.shape[0], b.shape[0])
-        partial = torch.zeros_like(total, dtype=torch.float64)
-        for start in range(0, a.shape[1], GROUP):
-            products = a[:, None, start : start + GROUP].double() * b[None, :, start : start + GROUP].double()
-            exponent = _exponent(products.abs().amax(-1).maximum(partial.abs()))
-            aligned = _cut(products, exponent[..., None], self.bits).sum(-1) + _cut(partial, exponent, self.bits)
-            partial = _cut(aligned, _exponent(aligned.abs()), self.bits)
-            if self.promote_every is not None and (start + GROUP) % self.promote_every == 0:
-                total += partial.float()
-                partial.zero_()
-        return total + partial.float()
-
-
-def _exponent(magnitude: Tensor) -> Tensor:
-    """Return floor(log2), exactly; -1 for zero, of which nothing is cut."""
-    return torch.frexp(magnitude).exponent - 1
-
-
-def _cut(x: Tensor, exponent: Tensor, bits: int) -> Tensor:
-    """Truncate x below the last of `bits` bits of a number with that exponent."""
-    step = (exponent.long() - bits + 1 + 1023 << 52).view(torch.float64)  # a power of two, by its exponent field
-    return (x / step).trunc() * step
-
 
 class Recipe(NamedTuple):
     """Options of one product and its gradients."""
@@ -131,8 +66,6 @@ class Recipe(NamedTuple):
     """Format in which x is kept for wgrad."""
     out_dtype: torch.dtype
     """Dtype of the result and of both gradients."""
-    accumulator: Accumulator | None
-    """Emulated accumulator of all three products; None: FP32."""
     backend: str | None
     """Backend of the forward, which backward uses too."""
     swiglu: bool = False
@@ -143,8 +76,7 @@ class Recipe(NamedTuple):
     @property
     def operands(self) -> torch.dtype:
         """Dtype of dequantized operands: BF16, where that holds them exactly and the result is BF16."""
-        exact = self.scale == self.weight_scale == "ue8m0" and self.accumulator is None
-        exact = exact and self.out_dtype == torch.bfloat16
+        exact = self.scale == self.weight_scale == "ue8m0" and self.out_dtype == torch.bfloat16
         return torch.bfloat16 if exact and self.backend != "reference" else torch.float32
 
     def weight(self, codes: Tensor, scales: Float[Tensor, "*e ot kt"]) -> Float[Tensor, "*e o k"]:
@@ -165,10 +97,7 @@ def fp8_fprop(
     Source: DeepSeek-V3 report, section 3.3.
     """
     with ops.without_autocast(x):
-        if recipe.accumulator is not None:
-            y = recipe.accumulator.matmul(x, w)
-        else:
-            y = F.linear(x, w) if ends is None else grouped_linear(x, w, ends)
+        y = F.linear(x, w) if ends is None else grouped_linear(x, w, ends)
     return y.to(recipe.out_dtype)
 
 
@@ -201,7 +130,6 @@ def fp8_matmul(
     out_dtype: torch.dtype | None = None,
     ends: Int[Tensor, " e"] | None = None,
     saved_format: Literal["e4m3", "e5m6"] = "e4m3",
-    accumulator: Accumulator | None = None,
 ) -> Float[Tensor, "*batch o"]:
     """Multiply x W^T in simulated FP8, with its gradients.
 
@@ -214,7 +142,6 @@ def fp8_matmul(
             expert may have none.
         saved_format: format in which x is saved for backward: e5m6 for the Linear after attention (report, section
             3.3.3).
-        accumulator: emulate an accumulator of few bits, in all three products. Slow, and not with `ends`.
 
     First derivatives only.
 
@@ -225,13 +152,11 @@ def fp8_matmul(
     """
     check_options(scale, grad_format=grad_format, saved_format=saved_format)
     _check_operands(x, w, ends)
-    if ends is not None and accumulator is not None:
-        raise ValueError("an accumulator is emulated for one matrix, not with ends; multiply expert by expert")
     trained, weight = _weight_operand(w, scale)
     wants_dw = trained is not None and trained.requires_grad and torch.is_grad_enabled()
     q, saved = _operand(x, scale, saved_format if wants_dw else "e4m3")
     of_weight = (weight.shape[-1], weight.tile, weight.scale, weight.format)
-    recipe = Recipe(q.scale, *of_weight, grad_format, saved.format, out_dtype or x.dtype, accumulator, ops.chosen())
+    recipe = Recipe(q.scale, *of_weight, grad_format, saved.format, out_dtype or x.dtype, ops.chosen())
     rows = dequantize_tiles(_rows(q.codes), _rows(q.scales), ACTIVATION_TILE, "e4m3", recipe.operands).view(q.shape)
     return _multiply(recipe, rows, weight, ends, saved.parts if wants_dw else (), trained, q.source, None, None)
 
@@ -263,7 +188,7 @@ def fp8_swiglu_matmul(
         raise ValueError(f"gate is {gate_is}, up {up_is}; want equal shapes on one device")
     trained, weight = _weight_operand(w, scale)
     of_weight = (weight.shape[-1], weight.tile, weight.scale, weight.format)
-    recipe = Recipe(scale, *of_weight, grad_format, "e4m3", up.dtype, None, ops.chosen(), swiglu=True, limit=limit)
+    recipe = Recipe(scale, *of_weight, grad_format, "e4m3", up.dtype, ops.chosen(), swiglu=True, limit=limit)
     tiles = (ACTIVATION_TILE, scale, "e4m3", AMAX_MIN)
     with torch.no_grad():
         hidden = swiglu(gate, up, limit, weights)

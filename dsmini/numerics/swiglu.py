@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from dsmini.numerics.formats import at_least_fp32
+
 
 def swiglu(
     gate: Float[Tensor, "*any f"],
@@ -28,8 +30,7 @@ def swiglu(
     if limit is None:
         assert weights is None, "V3 weighs what an expert returns"
         return F.silu(gate) * up
-    wide = torch.promote_types(gate.dtype, torch.float32)
-    hidden = F.silu(gate.to(wide).clamp(max=limit)) * up.to(wide).clamp(-limit, limit)
+    hidden = F.silu(at_least_fp32(gate).clamp(max=limit)) * at_least_fp32(up).clamp(-limit, limit)
     return (hidden if weights is None else weights * hidden).to(gate.dtype)
 
 

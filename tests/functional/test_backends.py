@@ -28,7 +28,7 @@ from dsmini.nn.hyper_connections import read_streams, sinkhorn, stream_mixes, wr
 from dsmini.nn.layers import linear, rms_norm
 from dsmini.nn.moe import experts
 from dsmini.nn.transformer import linear_cross_entropy
-from dsmini.numerics import WEIGHT_TILE, Accumulator, QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, quantize
+from dsmini.numerics import WEIGHT_TILE, QuantizedTensor, fp8_matmul, fp8_swiglu_matmul, quantize
 from tests.functional.conftest import BACKENDS, SIZES, Unserved, forced, held, moved
 from tests.helpers.commands import ROOT
 from tests.helpers.configs import refusal
@@ -168,7 +168,7 @@ def layers(n: int, dtype: torch.dtype) -> list[Layer]:
     x, w = varied(n, K, dtype=dtype), varied(O, K, seed=1)
     gate, up = varied(n, K, dtype=dtype, seed=2), varied(n, K, dtype=dtype, seed=3)
     tied_codes = (torch.randint(-31, 32, (n, K)) | 1).index_fill(1, torch.tensor([0, 128]), 448).to(dtype)
-    held, short = quantize(w, WEIGHT_TILE, "fp32"), Accumulator(bits=10, promote_every=None)
+    held = quantize(w, WEIGHT_TILE, "fp32")
     found = [
         Layer("x and w", fp8_matmul, (x, w), single),
         Layer("x that lies between two codes", fp8_matmul, (tied_codes, w), single),
@@ -177,7 +177,6 @@ def layers(n: int, dtype: torch.dtype) -> list[Layer]:
         Layer("x kept in e5m6", lambda x, w: fp8_matmul(x, w, saved_format="e5m6"), (x, w), single),
         Layer("swiglu", fp8_swiglu_matmul, (gate, up, w), single),
         Layer("clamped swiglu", lambda *t: fp8_swiglu_matmul(*t, limit=0.5), (gate, up, w), single),
-        Layer("emulated accumulator", lambda x, w: fp8_matmul(x, w, accumulator=short), (x, w), single),
         Layer("held codes", lambda x: quantized_linear(x, held), (x,), single),
     ]
     for kind, routing in routings(n).items():

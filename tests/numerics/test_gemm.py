@@ -1,7 +1,5 @@
 """The simulated FP8 product and its gradients, of one matrix and of experts, next to the same computation in FP64."""
 
-import tomllib
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
@@ -13,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dsmini import ops
-from dsmini.numerics import AMAX_MIN, SMALLEST_AMAX, Accumulator, fp8_matmul, fp8_swiglu_matmul, quantize, round_tiles
+from dsmini.numerics import AMAX_MIN, SMALLEST_AMAX, fp8_matmul, fp8_swiglu_matmul, quantize, round_tiles
 from tests.conftest import require_cpu_kernels
 from tests.helpers.configs import refusal
 from tests.helpers.fp8 import QUANTISED, SIMULATED, Scale, rounded, varied
-from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, SAFETY, calc_diff, relative_error, rounding
+from tests.helpers.tolerances import BF16_UNIT, FP32_UNIT, calc_diff, relative_error, rounding
 from tests.helpers.watching import saved_for_backward, storage_bytes
 
 # N, K of DeepSeek-V3's smaller products: wq_a with wkv_a, wkv_a, wkv_b, and w2 of an expert
@@ -145,7 +143,6 @@ def test_what_cannot_be_multiplied_is_refused() -> None:
         ("grad_format='e3m4' is unknown", (x, w), {"grad_format": "e3m4"}),
         ("saved_format='e5m7' is unknown", (x, w), {"saved_format": "e5m7"}),
         ("x is quantized in tiles of 128x128; want 1x128: quantize(x)", (quantize(x, (128, 128)), w), {}),
-        ("not with ends", (x, w[None]), {"ends": torch.tensor([4]), "accumulator": Accumulator()}),
         *(("are on cpu, meta; want one device", (x, other), {}) for other in (w.to("meta"), quantize(w.to("meta")))),
         *(
             ("do not cut 4 rows", (x, w.expand(len(ends), -1, -1)), {"ends": torch.tensor(ends)})
@@ -155,12 +152,6 @@ def test_what_cannot_be_multiplied_is_refused() -> None:
         assert words in refusal(fp8_matmul, *operands, **options)
     for other in (x[:2], x.to("meta")):
         assert "want equal shapes on one device" in refusal(fp8_swiglu_matmul, other, x, w)
-    for bits, every in ((14.5, 128), (1, 128), (14, 100)):
-        said = refusal(Accumulator, bits=bits, promote_every=every)
-        assert said.startswith(f"promote_every={every}" if bits == 14 else f"bits={bits}")
-    for a, b in ((x, w[:, :1]), (x[:, :33], w[:, :64])):  # torch would stretch a single column
-        want = f"a is {list(a.shape)}, b is {list(b.shape)}; want [n, k] and [m, k]"
-        assert refusal(Accumulator().matmul, a, b) == want
     for y in (fp8_matmul(x, w), fp8_swiglu_matmul(x, x, w)):
         with pytest.raises(ValueError, match="create_graph=True wants second derivatives"):
             torch.autograd.grad(y.square().sum(), x, create_graph=True)
@@ -323,48 +314,3 @@ def test_swiglu_is_recomputed_from_its_saved_inputs(
     tolerance = rounding(unit, chained=4) + rounding(FP32_UNIT, terms=256)
     for a, b in zip(got, (dgate, dup, dw, *want[0][3:]), strict=True):
         assert relative_error(a, b) < tolerance
-
-
-# --- an accumulator of few bits loses bits of a sum, and promotion into FP32 mends that
-
-
-def test_14_bits_without_promotion_lose_two_percent() -> None:
-    """Check sections 3.3.2 and 3.5.2: an error of nearly 2 % at K = 4096."""
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(16, 4096, generator=generator), torch.randn(128, 4096, generator=generator)
-    a, b = (quantize(t).dequantize() for t in (a, b))
-    exact = a.double() @ b.double().T
-
-    def error(y: Tensor) -> float:
-        return ((y.double() - exact).abs().max() / exact.abs().mean()).item()
-
-    assert 0.01 < error(Accumulator(bits=14, promote_every=None).matmul(a, b)) < 0.03
-    assert error(Accumulator(bits=14, promote_every=128).matmul(a, b)) < 0.002
-    assert error(Accumulator(bits=24, promote_every=None).matmul(a, b)) < 5e-6
-
-
-def test_accumulator_serves_all_three_products() -> None:
-    x, w = varied(70, 256).requires_grad_(), varied(40, 256, seed=1).requires_grad_()
-    dy = varied(70, 40, seed=2)
-
-    def run(accumulator: Accumulator | None) -> list[Tensor]:
-        y = fp8_matmul(x, w, accumulator=accumulator)
-        return [y, *torch.autograd.grad(y, [x, w], dy)]
-
-    short = Accumulator(bits=8, promote_every=None)
-    for plain, wide, narrow in zip(run(None), run(Accumulator(bits=24)), run(short), strict=True):
-        assert relative_error(wide, plain) < rounding(FP32_UNIT, terms=256)
-        # truncation to 8 bits loses up to 2^-7 of a partial sum, again and again
-        assert 2.0**-10 < relative_error(narrow, plain) < SAFETY * 2.0**-7 * 8
-
-
-SUMS = tomllib.loads(Path(__file__).with_name("sums.toml").read_text())["sum"]
-
-
-def test_bits_are_lost_next_to_the_largest_of_32_products_and_of_a_partial_sum() -> None:
-    for row in SUMS:
-        a = torch.zeros(1, row.get("width", 160))
-        for place, value in row["of"]:
-            a[0, place] = value * 2.0**-15
-        accumulator = Accumulator(bits=14, promote_every=row.get("promote_every"))
-        assert accumulator.matmul(a, torch.ones_like(a)).item() == row["is"] * 2.0**-15, row
