@@ -266,7 +266,7 @@ class ModelStage(nn.Module):
         """
         model = self._model()
         if self.first:
-            x = model.expand(model.embedded(x))
+            x = model.hc_head.expand(model.embedded(x))
         positions, stage = torch.arange(x.shape[1], device=x.device)[None], model.stage_for(train)
         context = Context(positions=positions, tokens=tokens, documents=documents, stage=stage, choices=choices)
         found: list[Aux] = []

@@ -43,7 +43,7 @@ from dsmini.nn import (
     Routing,
     Transformer,
 )
-from dsmini.nn.cache import CachePositions, Form, FormPolicy, LayerCacheView, MTPCache
+from dsmini.nn.cache import CachePositions, Form, LayerCacheView, MTPCache
 from dsmini.nn.codec import BLOCK_FP8
 from dsmini.nn.compressed_attention import Compressor, EntryIndexer
 from dsmini.nn.fp8 import SCALES, FP8Weights
@@ -334,7 +334,7 @@ class Decoder:
             return model.states(tokens, cache, lengths)
         with torch.no_grad():
             # 1. token ids to hidden states: [b, s, m]
-            x = model.expand(model.embedded(tokens)).float()
+            x = model.hc_head.expand(model.embedded(tokens)).float()
             # 2. positions, and the place in the cache
             at = cache.place_tokens(model.config, tokens, lengths)
             angles = self._angles(at)
@@ -343,7 +343,7 @@ class Decoder:
             x, routing = _run(x, blocks, cache.views(at), angles, starts, tokens)
             cache.lengths = at.lengths
             # 4. the final norm: [b, s, m]
-            last = model.collapse(x)
+            last = model.hc_head.collapse(x)
             states = normed(last, model.norm) if self._plain_norm else model.norm(last.to(self._dtype))
             return States(states, model.mtp.given(x, states), routing, [])
 
@@ -415,7 +415,7 @@ def _run(
     return x, [Routing(*routing[i : i + 4]) for i in range(0, len(routing), 4)]
 
 
-def _absorbs(form: Form | FormPolicy) -> bool:
+def _absorbs(form: Form) -> bool:
     """Return True where a cache may be attended to in the absorbed form, the one that kernels have."""
     return form in ("auto", "absorbed")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dsmini.inference.fused import Decoder
-from dsmini.inference.sampling import Sampling, draw, is_whole, log_probabilities
+from dsmini.inference.sampling import Sampling, is_whole, log_probabilities
 from dsmini.inference.speculative import Drafter, accept, accept_greedy
 from dsmini.nn import Cache, Transformer
 from dsmini.nn.cache import CacheDtype, last_valid
@@ -313,10 +313,7 @@ class Generation:
             logits = prefill(
                 self.model, self.cache, self.rows, self.drafter, self.watch, self._record if self.routing else None
             )
-            if self.sampling.greedy:
-                first = self.sampling.likeliest(logits, self._seen())
-            else:
-                first = draw(self.sampling.probabilities(logits, self._seen()), self.generator)
+            first, _ = self.sampling.draw(logits, self._seen(), self.generator)
             self._take(first[:, None].tolist(), logits[:, None])
             self.stats.prefill_seconds += time.perf_counter() - start
         else:

@@ -77,6 +77,18 @@ class Sampling:
         """
         return self.penalised(logits, seen).argmax(-1)
 
+    def draw(
+        self,
+        logits: Float[Tensor, "b v"],
+        seen: Bool[Tensor, "b v"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Int[Tensor, " b"], Tensor | None]:
+        """Return the next token of each row, and the distribution that it was drawn from; None for the likeliest."""
+        if self.greedy:
+            return self.likeliest(logits, seen), None
+        p = self.probabilities(logits, seen)
+        return draw(p, generator), p
+
     def probabilities(self, logits: Float[Tensor, "*b v"], seen: Bool[Tensor, "*b v"] | None = None) -> Tensor:
         """Return the FP32 distribution [*b, v] of the next token of each row.
 

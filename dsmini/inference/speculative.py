@@ -6,7 +6,7 @@ first one that is rejected is drawn again from max(p - q, 0), normalised. The re
 In greedy decoding, p and q lie on one token each, and the tokens are the same.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,10 +70,10 @@ class Drafter:
 
     def guess(
         self, last: Int[Tensor, "b 1"], live: list[bool], seen: Bool[Tensor, "b v"] | None
-    ) -> tuple[Int[Tensor, "b depths"], list[Float[Tensor, "b v"]]]:
+    ) -> tuple[Int[Tensor, "b depths"], list[Any]]:
         """Return a guess of each depth and the distributions of the guesses; no guess if the cache is full.
 
-        There are no distributions in greedy decoding.
+        In greedy decoding a distribution is None.
 
         Args:
             last: the last token of each row.
@@ -92,14 +92,11 @@ class Drafter:
         # 2. draw one guess of each depth, [b], and show it to the deeper ones
         given = list(self.mtp.last)
         guesses: list[Tensor] = []
-        distributions: list[Tensor] = []
+        distributions: list[Any] = []
         for k in range(self.depths):
-            logits = self.decoder.logits(states[k])
-            if self.sampling.greedy:
-                guesses.append(self.sampling.likeliest(logits, seen))
-            else:
-                distributions.append(self.sampling.probabilities(logits, seen))
-                guesses.append(draw(distributions[k], self.generator))
+            token, p = self.sampling.draw(self.decoder.logits(states[k]), seen, self.generator)
+            guesses.append(token)
+            distributions.append(p)
             if seen is not None:
                 seen = seen.scatter(1, guesses[k][:, None], True)
             self._show(k, guesses[k], states, given)

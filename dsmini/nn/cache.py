@@ -12,7 +12,6 @@ may have different valid lengths. `CachePositions` says where the new tokens of 
 layer gets of it.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -30,8 +29,6 @@ ChosenForm = Literal["expanded", "absorbed"]
 """A way in which MLA attends to a cache (mla.py)."""
 Form = Literal["auto"] | ChosenForm
 """The same; auto is whichever is less work."""
-FormPolicy = Callable[[Any, int, Any], ChosenForm]
-"""Chooses the form from a layer, the number of new tokens and its LayerCacheView."""
 
 KEY_STEP = 64
 """Step in which the number of keys grows that attention reads."""
@@ -210,8 +207,8 @@ class LayerCacheView:
     at: CachePositions
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
     """What the layer makes of its weights and has use for while this cache lives."""
-    form: Form | FormPolicy = "auto"
-    """The way MLA attends to the store, or what chooses it; auto is the one with less work (`mla.form_of`)."""
+    form: Form = "auto"
+    """The way MLA attends to the store; auto is the one with less work (`mla.form_of`)."""
 
     @property
     def index(self) -> "LayerCacheView":
@@ -237,7 +234,7 @@ class Cache:
 
     Args:
         config: of the model, whose tokens alone it takes.
-        form: how MLA attends to what is stored, or a function that chooses it (FormPolicy).
+        form: how MLA attends to what is stored.
         mtp: the cache of the multi-token prediction blocks, where there is one.
     """
 
@@ -249,7 +246,7 @@ class Cache:
         max_seq_len: int,
         device: torch.device,
         *,
-        form: Form | FormPolicy = "auto",
+        form: Form = "auto",
         mtp: "MTPCache | None" = None,
     ) -> None:
         self.config: ModelConfig = config
@@ -258,7 +255,7 @@ class Cache:
         """LayerCacheView.memo of each block."""
         self.max_seq_len: int = max_seq_len
         self.device: torch.device = device
-        self.form: Form | FormPolicy = form
+        self.form: Form = form
         self.mtp = mtp
         self.lengths: Tensor = torch.zeros(batch_size, dtype=torch.int64, device="cpu")
         """[b], on the CPU: valid length of each row, in tokens."""
@@ -484,8 +481,8 @@ def check_cache(config: ModelConfig, batch_size: int, max_seq_len: int, dtype: C
         )
     if dtype != "fp8" and dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         raise ValueError(f"dtype={dtype!r} holds no rows of a cache; use torch.float32, torch.bfloat16 or 'fp8'")
-    if form not in ("auto", "expanded", "absorbed") and not callable(form):
-        raise ValueError(f"form={form!r} is unknown; use auto, expanded, absorbed, or a function that chooses")
+    if form not in ("auto", "expanded", "absorbed"):
+        raise ValueError(f"form={form!r} is unknown; use auto, expanded or absorbed")
     if form != "auto" and config.attention == "compressed":
         raise ValueError(f"form={form!r} chooses between the two of MLA; V4's attention has one, so leave it out")
     if form == "absorbed" and (not config.is_mla or config.qk_norm):

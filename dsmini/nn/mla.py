@@ -178,8 +178,6 @@ class MLA(nn.Module):
         """Attend to the latents of a cache themselves: nothing is expanded.
 
         Source: DeepSeek-V2 report, section 2.1.2.
-
-        Raises: ValueError with qk_norm.
         """
         assert context.cache is not None, "latents are read from a cache"
         q_nope, q_rope, rows, w_uk, w_uv = self.absorbed_operands(q, new, context.cache)
@@ -191,10 +189,6 @@ class MLA(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Append the new rows to the cache, and return queries, all rows, and W_UK and W_UV, which moved to queries and
         values: the operands of absorbed_attention."""
-        if self.q_head_norm is not None:
-            raise ValueError(
-                "form='absorbed' with qk_norm: a normed head is not a linear map of the latent; use expanded"
-            )
         cache.append(new)
         q_nope, q_rope = q.tensor_split((self.qk_nope_head_dim,), -1)
         if cache.at.all_new:  # a change of a weight's .data is not counted
@@ -290,21 +284,15 @@ def attention_work(layer: MLA, queries: int, keys: int, gathered: int | None = N
 def form_of(layer: MLA, queries: int, cache: LayerCacheView, chosen: int | None = None) -> ChosenForm:
     """Return the form in which a layer attends to a cache: what the cache asks for, or the one with less work.
 
-    This is a policy, not a part of the layer: `new_cache(form=...)` takes another function in the place of auto.
     It is absorbed for the keys that an indexer chose, where a kernel gathers them: attention with a mask takes longer
     than the gather, also where it needs fewer operations (docs/log.md). Normed heads have no absorbed form, nor has a
     module in the place of wkv_b, such as a LoRA wrapper.
 
     Args:
         chosen: number of keys that an indexer chose for each query; None: it attends to all.
-
-    Raises: ValueError for a policy that returns anything else.
     """
     if cache.form != "auto":
-        form = cache.form(layer, queries, cache) if callable(cache.form) else cache.form
-        if form not in ("expanded", "absorbed"):
-            raise ValueError(f"form= is a function that returned {form!r}; want expanded or absorbed")
-        return form
+        return cache.form
     if layer.q_head_norm is not None or not is_plain(layer.wkv_b):
         return "expanded"
     if chosen is not None and ops.serves("topk_attention", layer.wkv_b.weight):

@@ -72,17 +72,13 @@ class MTP(nn.Module):
             embedding: embeddings of the tokens that the depth before predicts.
         """
         x, aux = run_block(self.block, self.join(hidden, embedding), context)
-        return x, self.norm(self.collapse(x)), aux
+        return x, self.norm(self.hc_head.collapse(x)), aux
 
     def join(
         self, hidden: Float[Tensor, "b s *streams m"], embedding: Float[Tensor, "b s m"]
     ) -> Float[Tensor, "b s *streams m"]:
         """Return the block's input."""
         return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), -1))
-
-    def collapse(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s m"]:
-        """Return one hidden state for each position, as Transformer.collapse does."""
-        return self.hc_head.collapse(x)
 
 
 class StreamMTP(MTP):

@@ -16,7 +16,7 @@ from dsmini.config import ModelConfig, layer_config, require_subclass
 from dsmini.config.model import V4
 from dsmini.nn.attention import Context
 from dsmini.nn.block import Aux, Block, run_block
-from dsmini.nn.cache import Cache, CacheDtype, Form, FormPolicy, MTPCache, check_cache
+from dsmini.nn.cache import Cache, CacheDtype, Form, MTPCache, check_cache
 from dsmini.nn.dsa import IndexerLoss
 from dsmini.nn.first_values import drawn_by_name, reset_by_name
 from dsmini.nn.gate import Gate, Routing, sequence_balance_loss
@@ -201,8 +201,8 @@ class Transformer(nn.Module):
         if documents is not None:
             check_documents(documents, tokens)
         with nullcontext() if cache is None else torch.no_grad():
-            # 1. token ids to hidden states: [b, s, m], or as many streams of them as `expand` makes
-            x = self.expand(self.embedded(tokens))
+            # 1. token ids to hidden states: [b, s, m], or as many streams of them as `hc_head` makes
+            x = self.hc_head.expand(self.embedded(tokens))
             # 2. positions: 0, 1, ... in all rows, or after what is cached in each: [#b, s]
             at = None if cache is None else cache.place_tokens(self.config, tokens, lengths)
             positions = torch.arange(tokens.shape[1], device=x.device)[None] if at is None else at.positions
@@ -264,16 +264,8 @@ class Transformer(nn.Module):
 
     def states_of(self, x: Float[Tensor, "b s *streams m"], found: list[Aux]) -> States:
         """Return the states after the last block, whose output is x, and what all blocks found."""
-        normed = self.norm(self.collapse(x))
+        normed = self.norm(self.hc_head.collapse(x))
         return States(normed, self.mtp.given(x, normed), *_listed(found, self.config))
-
-    def expand(self, x: Float[Tensor, "b s m"]) -> Float[Tensor, "b s *streams m"]:
-        """Return what the first block gets of the embeddings: themselves, or equal streams of them."""
-        return self.hc_head.expand(x)
-
-    def collapse(self, x: Float[Tensor, "b s *streams m"]) -> Float[Tensor, "b s m"]:
-        """Return one hidden state for each position of what the last block gave: that itself, or a sum of streams."""
-        return self.hc_head.collapse(x)
 
     def embedded(self, tokens: Int[Tensor, "b s"]) -> Float[Tensor, "b s m"]:
         """Return the embeddings of token ids, in the compute dtype.
@@ -335,7 +327,7 @@ class Transformer(nn.Module):
         max_seq_len: int | None = None,
         dtype: CacheDtype | None = None,
         mtp: bool = False,
-        form: Form | FormPolicy = "auto",
+        form: Form = "auto",
     ) -> Cache:
         """Return an empty cache, with all its memory allocated.
 
@@ -343,7 +335,7 @@ class Transformer(nn.Module):
             max_seq_len: number of tokens of each sequence it has room for; None: the model's.
             dtype: dtype of what is stored, or "fp8" for V3.2's and V4's layouts; None: the compute dtype.
             mtp: also store what the multi-token prediction blocks need, for `run(..., mtp=True)` and for drafting.
-            form: how MLA attends to it: expanded, absorbed, auto, whichever is less work, or a function that chooses.
+            form: how MLA attends to it: expanded, absorbed, or auto, whichever is less work.
         """
         if mtp and not len(self.mtp):
             raise ValueError("mtp=True, but the model has no multi-token prediction blocks; use n_mtp_layers=1")
@@ -356,7 +348,7 @@ class Transformer(nn.Module):
             stores = [depth.block.new_cache(*sizes, dtype, self.device) for depth in list[Any](self.mtp)]
             of_mtp = MTPCache(self.config, stores, *sizes, self.device, form=form)
             zeros = torch.zeros(batch_size, 1, self.config.dim, dtype=compute_dtype, device=self.device)
-            of_mtp.last = [self.expand(zeros)[:, 0].clone() for _ in stores]
+            of_mtp.last = [self.hc_head.expand(zeros)[:, 0].clone() for _ in stores]
         stores = [block.new_cache(*sizes, dtype, self.device) for block in blocks]
         return Cache(self.config, stores, *sizes, self.device, form=form, mtp=of_mtp)
 

@@ -114,7 +114,7 @@ def test_attention_reads_what_was_looked_up(case: str) -> None:
     block: Any = model.layers[1]
     tokens = tokens_of(model, 2, 23)
     context = Context(positions=torch.arange(23)[None], tokens=tokens)
-    x, _ = model.layers[0](model.expand(model.embedded(tokens)), context)
+    x, _ = model.layers[0](model.hc_head.expand(model.embedded(tokens)), context)
     got, engram = block(x, context)[0], block.engram
     block.engram = None
     assert torch.equal(block(engram(x, context)[0], context)[0], got)
