@@ -211,7 +211,7 @@ def _load(
     from dsmini.text.chat import Dialogue, TextSide, read_text_side
 
     place = pick_device(command.device)
-    ops.expect(place.type, "dequantize", "blocks_step")
+    ops.expect(place.type, "blocks_step", *(() if path == TOY else ("dequantize", "experts")))
     keep_freed_memory()
     empty = "" in prompts and not command.chat
     nothing = "a prompt is empty; give it at least one character, or leave it out"

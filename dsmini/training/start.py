@@ -157,7 +157,8 @@ def started(origin: RunOrigin, config: RunConfig, console: Console) -> Iterator[
                 make_lookups(model, config, corpus, trained=found.folder is not None, first=world.first)
             else:
                 allocate(model, mesh, device)
-        ops.expect(device.type, "quantize", "trained_norm")
+        rounds = ["quantize"] if config.model.precision == "fp8" else []
+        ops.expect(device.type, "trained_attention", "trained_norm", *rounds)
         if config.train.optimizer == "muon":  # its kernel may have to be compiled
             world.beat(0, "compiling")
             with patience(console, "preparing kernels"):

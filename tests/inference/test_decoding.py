@@ -286,13 +286,13 @@ def test_kernels_are_compiled_before_the_clock_runs(small_model: Model, monkeypa
         monkeypatch.setattr(module, "library", lambda: loaded)
     ops._load.cache_clear()
     Generation(small_model(), [[1, 2]], 4)
-    assert loaded.paths.keys() == {"prompts", "decoding"}
+    assert "decoding" in loaded.paths
 
 
 def test_modules_run_where_kernels_cannot_be_built(small_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else each call of a kernel would fail, and each weight be converted for each token."""
     broken = build.Library(build.library().isa)
-    broken.entries |= {name: build.library().entry(name) for name in build.FUNCTIONS["prompts"]}
+    broken.entries |= {name: build.library().entry(name) for name in build.FUNCTIONS["rounding"]}
     broken._failed["decoding"] = build.BuildError("it is late")
     for module in (calls, cpu):
         monkeypatch.setattr(module, "library", lambda: broken)

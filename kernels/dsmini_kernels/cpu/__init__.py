@@ -30,12 +30,18 @@ if TYPE_CHECKING:
     def __getattr__(name: str) -> Any: ...
 
 
-def why_not(operation: str = "quantize") -> str | None:
+def why_not(operation: str | None = None) -> str | None:
     """Compile and load the library that has an operation; return in one sentence why that failed, or None.
+
+    Args:
+        operation: left out, one that is loaded or expected serves, so that nothing is compiled for the question alone.
 
     Raises: ValueError if DSMINI_CPU_ISA is unknown or names instructions that this CPU lacks.
     """
-    return _why_not(OPERATIONS[operation])
+    if operation:
+        return _why_not(OPERATIONS[operation])
+    loaded = library()
+    return _why_not(FUNCTIONS[next(iter((*loaded.paths, *loaded.expected, "rounding")))][0])
 
 
 def _why_not(function: str) -> str | None:

@@ -6,8 +6,6 @@
 
 namespace {
 
-constexpr int64_t SCORED = 16 * PANEL_KEYS;  // keys of an item of scores
-
 // Tokens that attend to the same keys: those of a sequence, or each one alone where an indexer chooses keys.
 struct Groups {
   bool chosen;
@@ -28,7 +26,7 @@ struct Groups {
 };
 
 // The memory of a call; sizes in numbers.
-struct Buffers {
+struct AttentionBuffers {
   Groups groups;
   int64_t most;  // keys that a token of the call sees
   int64_t tokens, q_width, kv_width, q_stride, sums_stride, parts;
@@ -39,7 +37,7 @@ struct Buffers {
   int32_t* list;
   int64_t all;
 
-  Buffers(const AttentionCall& c, float* memory) : groups(c), most(0) {
+  AttentionBuffers(const AttentionCall& c, float* memory) : groups(c), most(0) {
     tokens = c.b * c.s;
     q_width = c.q_rank ? c.q_rank : c.dim, kv_width = c.latent + c.rope;
     sums_stride = round_up(c.latent, UNIT);
@@ -118,7 +116,7 @@ int64_t key_items(const AttentionCall& c) { return c.index.topk ? items_of(c.ind
 int64_t index_items(const AttentionCall& c) {
   return c.index.topk ? key_items(c) + items_of(c.index.weights, c.threads) : 0;
 }
-void index_product(const AttentionCall& c, const Buffers& m, int64_t item) {
+void index_product(const AttentionCall& c, const AttentionBuffers& m, int64_t item) {
   const Indexer& index = c.index;
   const int64_t dim_stride = padded(c.dim), keys = key_items(c);
   if (item < keys)
@@ -126,12 +124,12 @@ void index_product(const AttentionCall& c, const Buffers& m, int64_t item) {
   product_item(index.weights, c.threads, item - keys, m.index_in + m.tokens * dim_stride, dim_stride, m.tokens,
                m.index_weights, index.heads);
 }
-void index_query(const AttentionCall& c, const Buffers& m, int64_t item, const float* x, int64_t stride) {
+void index_query(const AttentionCall& c, const AttentionBuffers& m, int64_t item, const float* x, int64_t stride) {
   product_item(c.index.wq, c.threads, item, x, stride, m.tokens, m.index_q, c.index.heads * c.index.width);
 }
 
 // A new token's key into the cache, and its weights of heads by their number.
-void index_key(const AttentionCall& c, const Buffers& m, int64_t i) {
+void index_key(const AttentionCall& c, const AttentionBuffers& m, int64_t i) {
   const Indexer& index = c.index;
   float *key = m.index_k + i * index.width, *weights = m.index_weights + i * index.heads;
   for (int64_t h = 0; h < index.heads; ++h) weights[h] /= sqrtf(float(index.heads * index.width));
@@ -141,7 +139,7 @@ void index_key(const AttentionCall& c, const Buffers& m, int64_t i) {
 }
 
 // The places of each token's keys: the scores of all keys that it sees, then the largest.
-void select_keys(const AttentionCall& c, const Buffers& m, Team& team) {
+void select_keys(const AttentionCall& c, const AttentionBuffers& m, Team& team) {
   const Indexer& index = c.index;
   const int64_t width = index.width, room = round_up(m.most, SCORED), pieces = room / SCORED;
   team.each(m.tokens * pieces, [&](int64_t item, int64_t thread) {
@@ -168,7 +166,7 @@ void select_keys(const AttentionCall& c, const Buffers& m, Team& team) {
   });
 }
 
-void step(const AttentionCall& c, const Buffers& m) {
+void step(const AttentionCall& c, const AttentionBuffers& m) {
   Team team(c.threads);
   const Groups& groups = m.groups;
   const int64_t head = c.nope + c.rope, dim_stride = padded(c.dim), rows = groups.tokens * c.heads;
@@ -277,7 +275,7 @@ void step(const AttentionCall& c, const Buffers& m) {
   });
 }
 
-bool attention(const AttentionCall& c) { return with_memory<Buffers>(c, step); }
+bool attention(const AttentionCall& c) { return with_memory<AttentionBuffers>(c, step); }
 
 int64_t check(const Indexer& i, const AttentionCall& c) {
   if (i.topk == 0) return FINE;

@@ -1,6 +1,6 @@
 """Compile the C++ once, and load it.
 
-There are four libraries, so that nothing waits for kernels that it does not need: each is built when an entry of it is
+There are five libraries, so that nothing waits for kernels that it does not need: each is built when an entry of it is
 first wanted, in one run of the compiler with those that the process expects to want (`Library.expect`). All have one
 instruction set: the best of this CPU, or the one that DSMINI_CPU_ISA names.
 
@@ -54,22 +54,23 @@ ROUNDING = ("-O2", "-ffp-contract=off")
 PRODUCTS = ("-O2", "-ffp-contract=fast")  # as fast as -O3, in 0.6 of the time (docs/log.md)
 ROUNDED = re.compile(r"(scratch|team|library|tiles|blocks|trial_of_\w+)\.cpp")
 """Sources with the flags of ROUNDING. All others have those of PRODUCTS."""
-PRECOMPILED = "dots.h"
-"""Header of all sources with the flags of PRODUCTS."""
-SHARED = ("scratch.cpp", "team.cpp", "panels.cpp")
+LARGE = ("products.cpp", "compressed_attention.cpp")
+"""Sources that take long to compile. All others of a library with the flags of PRODUCTS are one unit."""
+SHARED = ("scratch.cpp", "team.cpp")
 SOURCES = {
-    "prompts": (*SHARED, "trial_of_prompts.cpp", "library.cpp", "tiles.cpp", "experts.cpp", "heads_attention.cpp"),
-    "training": (*SHARED, "trial_of_training.cpp", "trained_experts.cpp", "trained_norm.cpp", "muon.cpp"),
+    "rounding": (*SHARED, "trial_of_rounding.cpp", "library.cpp", "tiles.cpp"),
+    "prompts": (*SHARED, "trial_of_prompts.cpp", "panels.cpp", "experts.cpp", "heads_attention.cpp"),
+    "training": (*SHARED, "trial_of_training.cpp", "panels.cpp", "trained_experts.cpp", "trained_norm.cpp", "muon.cpp"),
     "decoding": (
-        *(*SHARED, "trial_of_decoding.cpp", "attend.cpp", "products.cpp", "linear.cpp", "norms.cpp", "blocks.cpp"),
-        *("attention.cpp", "grouped_attention.cpp", "compressed_attention.cpp", "feed_forward.cpp", "stream_step.cpp"),
+        *(*SHARED, "trial_of_decoding.cpp", "blocks.cpp", "panels.cpp", "attend.cpp", "linear.cpp", "norms.cpp"),
+        *("experts.cpp", "feed_forward.cpp", "stream_step.cpp", "attention.cpp", "grouped_attention.cpp", *LARGE),
     ),
     "sparse attention": (
-        *(*SHARED, "trial_of_sparse_attention.cpp", "attend.cpp"),
+        *(*SHARED, "trial_of_sparse_attention.cpp", "panels.cpp", "attend.cpp"),
         *("entry_attention.cpp", "topk_attention.cpp", "topk_keys.cpp", "streams.cpp"),
     ),
 }
-"""Sources of each library. Headers are all *.h."""
+"""Sources of each library. Headers are all *.h, and a name that is not exported stands for one thing in a library."""
 FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-exceptions", "-fno-rtti")
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1")
 ISAS = {
@@ -80,15 +81,19 @@ ISAS = {
 """Instruction sets and their flags. A CPU that has one has those before it."""
 ISA_VARIABLE = "DSMINI_CPU_ISA"
 FUNCTIONS = {
-    "prompts": ("tiles", "experts", "heads_attention"),
+    "rounding": ("tiles",),
+    "prompts": ("heads_attention", "experts"),
     "training": ("trained_experts", "trained_norm", "muon"),
     "decoding": (
         *("linear", "norms", "attention", "grouped_attention", "compressed_attention", "feed_forward", "stream_step"),
-        "blocks",
+        *("blocks", "experts"),
     ),
     "sparse attention": ("topk_keys", "topk_attention", "entry_attention", "streams", "sinkhorn"),
 }
-"""Functions of each library. Each takes its struct of calls.h, but `blocks`, which takes the calls of many steps."""
+"""Functions of each library. Each takes its struct of calls.h, but `blocks`, which takes the calls of many steps.
+
+Two have `experts`, so that neither decoding nor training waits for the other's library.
+"""
 ENTRY = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p, ctypes.c_int64)
 """A function of a library: takes a packed call and its bytes, returns 0 or an error (calls.py)."""
 BORROW = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
@@ -103,6 +108,7 @@ class BuildError(Exception):
 
 
 Done = subprocess.CompletedProcess[str]
+Unit = tuple[str, ...]
 
 
 class Library:
@@ -116,11 +122,12 @@ class Library:
         self.parallel = _gomp_parallel()
         """Address of GOMP_parallel, or 0."""
         self.entries, self._failed = dict[str, Any](), dict[str, BuildError]()
-        self._expected = set[str]()
+        self.expected = list[str]()
+        """Libraries that the process expects to want, the first one first."""
 
     def expect(self, names: Iterable[str]) -> None:
         """Build the libraries of these functions in one run of the compiler, when the first of them is wanted."""
-        self._expected |= {_part_of(name) for name in names}
+        self.expected += map(self._part_of, names)
 
     def entry(self, name: str) -> Any:
         """Return a function of FUNCTIONS. The first that is wanted of a library loads it, or builds it.
@@ -128,14 +135,19 @@ class Library:
         Raises: BuildError.
         """
         if name not in self.entries:
-            self._load(_part_of(name))
+            self._load(self._part_of(name))
         return self.entries[name]
+
+    def _part_of(self, function: str) -> str:
+        """Return the library of a function: of two that have it, one that is loaded or expected."""
+        parts = [part for part, names in FUNCTIONS.items() if function in names]
+        return next((part for part in (*self.paths, *self.expected) if part in parts), parts[0])
 
     def _load(self, part: str) -> None:
         if part in self._failed:  # to compile takes seconds
             raise self._failed[part]
         try:
-            path = find_or_build(self.isa, part, others=self._expected - {part})
+            path = find_or_build(self.isa, part, others={*self.expected} - {part})
             loaded = ctypes.CDLL(str(path))
             self.entries |= {name: ENTRY((f"dsmini_{name}", loaded)) for name in FUNCTIONS[part]}
             BORROW(("dsmini_borrow", loaded))(self.parallel or None)
@@ -144,10 +156,6 @@ class Library:
             cannot = f"the compiled library cannot be loaded: {error}"  # from a folder from which no code may be run
             self._failed[part] = error if isinstance(error, BuildError) else BuildError(cannot)
             raise self._failed[part] from None
-
-
-def _part_of(function: str) -> str:
-    return next(part for part, names in FUNCTIONS.items() if function in names)
 
 
 @functools.cache
@@ -244,7 +252,7 @@ def _version_of(compiler: tuple[str, ...]) -> str:
 
 
 def _key(flags: tuple[str, ...], part: str) -> str:
-    parts = [repr((flags, [(source, _flags_of(source)) for source in SOURCES[part]])), platform.machine(), _cpu_flags()]
+    parts = [repr((flags, [(unit, _flags_of(unit[0])) for unit in _units(part)])), platform.machine(), _cpu_flags()]
     files = [*sorted(HERE.glob("*.h")), *(HERE / name for name in SOURCES[part])]
     hashed = hashlib.sha256()
     for piece in [*(p.encode() for p in parts), *(file.read_bytes() for file in files)]:
@@ -253,6 +261,8 @@ def _key(flags: tuple[str, ...], part: str) -> str:
 
 
 def _flags_of(source: str) -> tuple[str, ...]:
+    if source.startswith("trial_of_"):
+        return ("-O0",)  # it runs once
     return ROUNDING if ROUNDED.fullmatch(source) else PRODUCTS
 
 
@@ -297,11 +307,11 @@ def _build(
         keys: of each library, by its name.
     """
     parts, (first, *others) = " and ".join(keys), keys
-    _note(f"compiling the kernels for {parts} in C++, once on this machine: about {5 * len(keys)} s of a free core")
+    _note(f"compiling the kernels for {parts} in C++, once on this machine: 5 to 10 s of two free cores")
     began, built = time.monotonic(), dict[str, Path]()
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         try:
-            _compile(compiler, flags, sorted({source for part in keys for source in SOURCES[part]}), scratch)
+            _compile(compiler, flags, {unit for part in keys for unit in _units(part)}, scratch)
         except BuildError:
             if not others:
                 raise
@@ -319,31 +329,31 @@ def _build(
     return built
 
 
-def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], sources: Collection[str], scratch: str) -> None:
-    # compiled once for all: a compiler looks for dots.h.gch next to dots.h, and reads dots.h if that is none
-    header = Path(scratch) / PRECOMPILED
-    header.write_bytes(b'#include "%s"\n' % os.fsencode(HERE / PRECOMPILED))  # whatever the locale
-    made_first = [*compiler, "-x", "c++-header", *PRODUCTS, *flags, str(header), "-o", f"{header}.gch"]
-    with_header = {PRODUCTS: ("-include", str(header)), ROUNDING: ()}
+def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], units: Iterable[Unit], scratch: str) -> None:
     compiles = list[list[str]]()
-    for source in sources:
-        own = _flags_of(source)
-        to = ["-o", _object(scratch, source)]
-        compiles.append([*compiler, "-c", *own, *flags, *with_header[own], str(HERE / source), *to])
-    what = shlex.join(compiler)
-    for done in [*_run(what, [made_first], BUILD_SECONDS), *_run(what, compiles, BUILD_SECONDS)]:
+    for unit in units:
+        text = _object(scratch, unit).with_suffix(".cpp")
+        text.write_bytes(b"".join(b'#include "%s"\n' % os.fsencode(HERE / source) for source in unit))  # in any locale
+        compiles.append([*compiler, "-c", *_flags_of(unit[0]), *flags, str(text), "-o", str(_object(scratch, unit))])
+    for done in _run(shlex.join(compiler), compiles, BUILD_SECONDS):
         if done.returncode != 0:
             raise BuildError(f"{shlex.join(compiler)} failed: {_first_error(done)}")
 
 
-def _object(scratch: str, source: str) -> str:
-    return f"{scratch}/{Path(source).stem}.o"
+def _units(part: str) -> list[Unit]:
+    """Return the sources of a library that are compiled as one: their headers are then read once, not by each."""
+    together = tuple(source for source in SOURCES[part] if not ROUNDED.fullmatch(source) and source not in LARGE)
+    return [*((source,) for source in SOURCES[part] if source not in together), *filter(None, [together])]
+
+
+def _object(scratch: str, unit: Unit) -> Path:
+    return Path(scratch) / f"{'_'.join(Path(source).stem for source in unit)}.o"
 
 
 def _link(compiler: tuple[str, ...], flags: tuple[str, ...], part: str, scratch: str, trial: bool) -> Path:
     """Link a library of compiled sources, and try it."""
     built = Path(scratch) / f"{part}.so"
-    objects = [_object(scratch, source) for source in SOURCES[part]]
+    objects = [str(_object(scratch, unit)) for unit in _units(part)]
     (linked,) = _run(shlex.join(compiler), [[*compiler, *flags, "-shared", *objects, "-o", str(built)]], BUILD_SECONDS)
     if linked.returncode != 0:
         raise BuildError(f"{shlex.join(compiler)} failed to link: {_first_error(linked)}")

@@ -11,8 +11,6 @@
 
 namespace {
 
-constexpr int64_t SCORED = 16 * PANEL_KEYS;  // keys of an item of scores
-
 int64_t position_of(const CompressedAttentionCall& c, int64_t token) { return c.starts[token / c.s] + token % c.s; }
 bool is_token(const CompressedAttentionCall& c, int64_t token) { return token % c.s < c.counts[token / c.s]; }
 int64_t entries_of(const CompressedAttentionCall& c, int64_t sequence) {
@@ -25,7 +23,7 @@ int64_t seen_by(const CompressedAttentionCall& c, int64_t token) {
 int64_t raw_width(const CompressedAttentionCall& c, const CompressorWeights& w) { return 2 * c.series * w.numbers; }
 
 // The memory of a call; sizes in numbers.
-struct Buffers {
+struct CompressedBuffers {
   int64_t tokens, most, queries, group, own, all = 0;  // most: entries of a sequence; group: numbers of a group of heads
   bool chosen, bf16;
   EntryAttentionCall attention;
@@ -36,7 +34,7 @@ struct Buffers {
   int64_t* places;
   float* of_attention;
 
-  Buffers(const CompressedAttentionCall& c, float* memory) : attention{} {
+  CompressedBuffers(const CompressedAttentionCall& c, float* memory) : attention{} {
     tokens = c.b * c.s, queries = c.heads * c.width, group = queries / c.groups, most = 0;
     for (int64_t i = 0; i < c.b; ++i) most = larger(most, entries_of(c, i));
     chosen = c.index_heads > 0 && most > c.topk;
@@ -156,7 +154,7 @@ void compress(const CompressedAttentionCall& c, const CompressorWeights& w, cons
 }
 
 // A new token's rows: of the window, and those of which entries and keys are made.
-void store_token(const CompressedAttentionCall& c, const Buffers& m, int64_t i, float* memory) {
+void store_token(const CompressedAttentionCall& c, const CompressedBuffers& m, int64_t i, float* memory) {
   const int64_t sequence = i / c.s, position = position_of(c, i);
   float *q_a = m.q_a + i * c.q_rank, *kv = m.kv + i * c.width;
   rms_norm(q_a, c.q_norm, c.q_rank, c.q_eps, q_a);
@@ -189,7 +187,7 @@ void store_block(const CompressedAttentionCall& c, int64_t i, bool key, float* m
 }
 
 // The entries that each token chooses: the scores of all that it sees, then the largest.
-void choose(const CompressedAttentionCall& c, const Buffers& m, Team& team) {
+void choose(const CompressedAttentionCall& c, const CompressedBuffers& m, Team& team) {
   const KeyRows& keys = c.keys.made;
   const int64_t width = c.key_compressor.numbers, room = round_up(m.most, SCORED), pieces = room / SCORED;
   team.each(c.b * pieces, [&](int64_t item, int64_t thread) {
@@ -223,7 +221,7 @@ void choose(const CompressedAttentionCall& c, const Buffers& m, Team& team) {
 }
 
 // Hides from a token the rows of the ring that are not in its window, and the entries with a later token.
-void mask(const CompressedAttentionCall& c, const Buffers& m, int64_t i) {
+void mask(const CompressedAttentionCall& c, const CompressedBuffers& m, int64_t i) {
   const int64_t sequence = i / c.s, position = position_of(c, i), last = c.starts[sequence] + c.counts[sequence] - 1;
   const int64_t ring = c.latest.count, seen = seen_by(c, i);
   for (int64_t place = 0; place < ring; ++place) {
@@ -233,7 +231,7 @@ void mask(const CompressedAttentionCall& c, const Buffers& m, int64_t i) {
   for (int64_t t = 0; !m.chosen && t < m.most; ++t) m.hidden[i * m.most + t] = t >= seen;
 }
 
-void step(const CompressedAttentionCall& c, const Buffers& m) {
+void step(const CompressedAttentionCall& c, const CompressedBuffers& m) {
   Team team(c.threads);
   const int64_t wide = padded(c.dim), number = m.bf16 ? 2 : 4, group_wide = padded(m.group);
   const float *for_kv = m.normed + m.tokens * wide, *for_fp32 = for_kv + m.tokens * wide;
@@ -299,7 +297,7 @@ void step(const CompressedAttentionCall& c, const Buffers& m) {
   });
 }
 
-bool compressed_attention(const CompressedAttentionCall& c) { return with_memory<Buffers>(c, step); }
+bool compressed_attention(const CompressedAttentionCall& c) { return with_memory<CompressedBuffers>(c, step); }
 
 bool fits(const CompressedAttentionCall& c, const CompressorWeights& w, const BlockRows& rows) {
   if (w.numbers == 0) return w.wkv.none() && w.wgate.none();

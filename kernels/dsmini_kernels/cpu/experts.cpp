@@ -13,20 +13,20 @@ constexpr int64_t WIDEST_PART = 64;  // columns of y that an item sums
 constexpr int64_t SHARED = 4;        // panels of an expert that share a row of its weights, which may have to be converted
 
 // Tokens of one expert, and their hidden numbers.
-struct Panel {
+struct PairPanel {
   int64_t expert, slot, count, vectors;
   float* hidden;
 };
 
 // The memory of `n` tokens; sizes in numbers. A slot is a token-expert pair; they are sorted by expert.
 template <class Words>
-struct Buffers {
+struct ExpertBuffers {
   int64_t all = 0, threads, panel_numbers, inter_words, each;
   int64_t *slot_token, *first_slot, *counts, *groups;  // of up to SHARED panels of an expert: their first panels
   float *slot_weight, *hidden, *of_threads;
-  Panel* panels;
+  PairPanel* panels;
 
-  Buffers(const ExpertsCall& c, int64_t n, float* memory) {
+  ExpertBuffers(const ExpertsCall& c, int64_t n, float* memory) {
     const int64_t slots = n * c.k;
     threads = c.threads;
     const auto take = [&](int64_t numbers) {
@@ -38,7 +38,7 @@ struct Buffers {
     slot_weight = take(slots);
     first_slot = reinterpret_cast<int64_t*>(take(2 * (c.experts + 1)));
     counts = reinterpret_cast<int64_t*>(take(2 * c.experts));
-    panels = reinterpret_cast<Panel*>(take(most_panels(c, n) * int64_t(sizeof(Panel) / 4)));
+    panels = reinterpret_cast<PairPanel*>(take(most_panels(c, n) * int64_t(sizeof(PairPanel) / 4)));
     groups = reinterpret_cast<int64_t*>(take(2 * (most_panels(c, n) + 1)));
     inter_words = words_of<Words>(round_up(c.inter, HALF));
     hidden = take(most_vectors(c, n) * LANES * inter_words);
@@ -58,7 +58,7 @@ struct Buffers {
 // Sorts the token-expert pairs of n tokens by expert, and cuts each expert's into panels, and these into groups. Returns the number of
 // groups.
 template <class Words>
-int64_t sort_pairs(const ExpertsCall& c, const Buffers<Words>& m, const int64_t* indices, const float* weights, int64_t n) {
+int64_t sort_pairs(const ExpertsCall& c, const ExpertBuffers<Words>& m, const int64_t* indices, const float* weights, int64_t n) {
   memset(m.counts, 0, c.experts * 8);
   for (int64_t i = 0; i < n * c.k; ++i) ++m.counts[indices[i]];
   int64_t slot = 0, panels = 0, groups = 0;
@@ -84,7 +84,7 @@ int64_t sort_pairs(const ExpertsCall& c, const Buffers<Words>& m, const int64_t*
 
 // Hidden numbers [from, to) of the `count` panels of a group: silu(w1 x) * (w3 x). `from` is a multiple of HALF.
 template <class Words>
-void gate_and_up(const ExpertsCall& c, const Buffers<Words>& m, const Panel* group, int64_t count, const float* x, int64_t from,
+void gate_and_up(const ExpertsCall& c, const ExpertBuffers<Words>& m, const PairPanel* group, int64_t count, const float* x, int64_t from,
                  int64_t to, float* memory) {
   const Matrix w1 = part_of(c.w1, group->expert, c.inter), w3 = part_of(c.w3, group->expert, c.inter);
   for (int64_t row = from; row < to; row += HALF) {
@@ -92,7 +92,7 @@ void gate_and_up(const ExpertsCall& c, const Buffers<Words>& m, const Panel* gro
     const char* rows[ROWS_AT_ONCE];
     for (int64_t r = 0; r < ROWS_AT_ONCE; ++r)
       rows[r] = get_row<Words>(r < HALF ? w1 : w3, least(row + r % HALF, c.inter - 1), memory + r * converted(c.dim));
-    for (const Panel* p = group; p < group + count; ++p) {
+    for (const PairPanel* p = group; p < group + count; ++p) {
       const int64_t width = p->vectors * LANES;
       multiply<Words>(rows, x + (p - group) * m.panel_numbers, p->vectors, c.dim, HALF * w1.stride, both);
       for (int64_t i = 0; i < width; i += LANES) {
@@ -113,7 +113,7 @@ void gate_and_up(const ExpertsCall& c, const Buffers<Words>& m, const Panel* gro
 
 // Adds columns [from, to) of w2 hidden of a group, times the weight of each pair, to total [tokens, WIDEST_PART].
 template <class Words>
-void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel* group, int64_t count, int64_t from, int64_t to,
+void add_down(const ExpertsCall& c, const ExpertBuffers<Words>& m, const PairPanel* group, int64_t count, int64_t from, int64_t to,
               float* total, float* memory) {
   const Matrix w2 = part_of(c.w2, group->expert, c.dim);
   float out[LANES * MOST_VECTORS * LANES];
@@ -121,7 +121,7 @@ void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel* group,
     const char* rows[LANES];
     for (int64_t r = 0; r < LANES; ++r)
       rows[r] = get_row<Words>(w2, least(column + r, c.dim - 1), memory + r * converted(c.inter));
-    for (const Panel* p = group; p < group + count; ++p) {
+    for (const PairPanel* p = group; p < group + count; ++p) {
       strip<Words>([&](int64_t r) { return rows[r]; }, LANES, p->hidden, p->vectors, c.inter, LANES * w2.stride, out);
       for (int64_t v = 0; v < p->vectors; ++v) {
         F block[LANES];
@@ -137,7 +137,7 @@ void add_down(const ExpertsCall& c, const Buffers<Words>& m, const Panel* group,
 }
 
 template <class Words>
-void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first, int64_t n) {
+void compute(const ExpertsCall& c, ExpertBuffers<Words>& m, Team& team, int64_t first, int64_t n) {
   const int64_t size = c.bf16 ? 2 : 4;
   const int64_t groups = sort_pairs(c, m, c.indices + first * c.k, c.weights + first * c.k, n);
   const auto memory_of = [&](int64_t thread) { return m.of_threads + thread * m.each; };
@@ -146,7 +146,7 @@ void compute(const ExpertsCall& c, Buffers<Words>& m, Team& team, int64_t first,
   const int64_t wanted = m.threads > 1 && groups < 4 * m.threads ? divide_up(4 * m.threads, groups ? groups : 1) : 1;
   const int64_t part = round_up(divide_up(c.inter, wanted), 32), parts = divide_up(c.inter, part);
   team.each(groups * parts, [&](int64_t item, int64_t thread) {
-    const Panel* group = m.panels + m.groups[item / parts];
+    const PairPanel* group = m.panels + m.groups[item / parts];
     const int64_t count = size_of(item / parts), from = item % parts * part;
     float* x = memory_of(thread);
     const char* rows = c.x + first * c.dim * size;
@@ -176,12 +176,12 @@ bool experts(const ExpertsCall& c) {
   with_words(c.bf16 != 0, widened ? c.w1.type : int64_t{WEIGHT_FP32}, [&](auto words) {
     using Words = decltype(words);
     const int64_t room = MOST_HIDDEN / (c.k * round_up(c.inter, HALF)), some = least(c.n, room < 512 ? 512 : room);
-    float* memory = scratch_of(Buffers<Words>(c, some, nullptr).all);
+    float* memory = scratch_of(ExpertBuffers<Words>(c, some, nullptr).all);
     if (memory == nullptr) return void(fine = false);
     Team team(c.threads, Team::LONG);
     for (int64_t first = 0; first < c.n; first += some) {
       const int64_t n = least(some, c.n - first);
-      Buffers<Words> m(c, n, memory);
+      ExpertBuffers<Words> m(c, n, memory);
       compute<Words>(c, m, team, first, n);
     }
   });

@@ -8,13 +8,13 @@
 namespace {
 
 // The memory of a call; sizes in numbers. A slot is a token-expert pair; they are sorted by expert.
-struct Buffers {
+struct FeedForwardBuffers {
   int64_t wide, inter, expert_inter, slots;
   float *plain, *for_gate, *for_dense, *for_experts, *gated, *hidden, *rows, *expert_gated, *expert_hidden, *slot_weight;
   int64_t *slot_token, *first_slot, *chosen, *n_chosen;
   int64_t all;
 
-  Buffers(const FeedForwardCall& c, float* memory) {
+  FeedForwardBuffers(const FeedForwardCall& c, float* memory) {
     wide = padded(c.dim), inter = padded(c.inter), expert_inter = padded(c.expert_inter), slots = c.n * c.k;
     all = 0;
     const auto take = [&](int64_t numbers) {
@@ -98,7 +98,7 @@ void route(const FeedForwardCall& c, int64_t token, float* scores, int64_t* indi
 }
 
 // Gives each token-expert pair a slot, in the order of experts and of tokens within an expert.
-void sort_pairs(const FeedForwardCall& c, const Buffers& m) {
+void sort_pairs(const FeedForwardCall& c, const FeedForwardBuffers& m) {
   memset(c.counts, 0, c.experts * 8);
   for (int64_t i = 0; i < m.slots; ++i) ++c.counts[c.indices[i]];
   int64_t slot = 0;
@@ -132,7 +132,7 @@ void gate_and_up(const Matrix& w1, const Matrix& w3, double limit, int64_t from,
   for (int64_t k = 0; k < n; ++k) memcpy(out + k * w1.rows + from, gate + k * rows, rows * 4);
 }
 
-void step(const FeedForwardCall& c, const Buffers& m) {
+void step(const FeedForwardCall& c, const FeedForwardBuffers& m) {
   Team team(c.threads);
   const Span<const char> numbers{reinterpret_cast<const char*>(c.gate.data), c.gate.bytes};
   const Matrix gate{numbers, WEIGHT_FP32, c.experts, c.dim, c.dim * 4, {nullptr, 0}};
@@ -204,7 +204,7 @@ void step(const FeedForwardCall& c, const Buffers& m) {
   });
 }
 
-bool feed_forward(const FeedForwardCall& c) { return with_memory<Buffers>(c, step); }
+bool feed_forward(const FeedForwardCall& c) { return with_memory<FeedForwardBuffers>(c, step); }
 
 int64_t check(const FeedForwardCall& c) {
   if (!sizes({c.n, c.dim, c.inter, c.experts, c.expert_inter, c.k, c.groups, c.kept_groups})) return BAD_SHAPE;

@@ -9,13 +9,13 @@ int64_t keys_of(const GroupedAttentionCall& c, int64_t sequence) { return c.star
 
 // The memory of a call; sizes in numbers. Query rows of a sequence have the order [key head, token, head of the group],
 // so that those that share a key follow each other.
-struct Buffers {
+struct GroupedBuffers {
   int64_t tokens, heads, rows, keys_width, values_width, stride, v_stride, parts;
   int64_t own;  // of each thread
   float *plain, *for_q, *for_k, *for_v, *q, *kv, *query, *attended, *merged, *high, *total, *sums, *owned;
   int64_t all;
 
-  Buffers(const GroupedAttentionCall& c, float* memory) {
+  GroupedBuffers(const GroupedAttentionCall& c, float* memory) {
     tokens = c.b * c.s, heads = c.key_heads * c.group, rows = heads * c.s;
     keys_width = c.key_heads * c.width, values_width = c.key_heads * c.value;
     stride = round_up(c.width, UNIT), v_stride = round_up(c.value, UNIT);
@@ -47,7 +47,7 @@ struct Buffers {
 
 // Attention of all heads to a part of a sequence's context. Blocks of keys are outside and heads inside: rows of the
 // cache, which hold all heads, are then read one after the other.
-void attend(const GroupedAttentionCall& c, const Buffers& m, int64_t sequence, int64_t part, int64_t item, float* own) {
+void attend(const GroupedAttentionCall& c, const GroupedBuffers& m, int64_t sequence, int64_t part, int64_t item, float* own) {
   const int64_t keys = keys_of(c, sequence), length = part_length(keys), n = c.group * c.s;
   const int64_t size = c.cache_type == CACHE_FP32 ? 4 : 2, to = least(keys, (part + 1) * length);
   const char* cache = c.cache + sequence * c.room * c.cache_row;
@@ -77,7 +77,7 @@ void attend(const GroupedAttentionCall& c, const Buffers& m, int64_t sequence, i
   }
 }
 
-void step(const GroupedAttentionCall& c, const Buffers& m) {
+void step(const GroupedAttentionCall& c, const GroupedBuffers& m) {
   Team team(c.threads);
   const int64_t stride = padded(c.dim), kv_width = m.keys_width + m.values_width;
   // 1. the normed x, in the order of each weight that reads it
@@ -139,7 +139,7 @@ void step(const GroupedAttentionCall& c, const Buffers& m) {
   });
 }
 
-bool grouped_attention(const GroupedAttentionCall& c) { return with_memory<Buffers>(c, step); }
+bool grouped_attention(const GroupedAttentionCall& c) { return with_memory<GroupedBuffers>(c, step); }
 
 int64_t check(const GroupedAttentionCall& c) {
   if (!sizes({c.b, c.s, c.dim, c.key_heads, c.group, c.width, c.value, c.room, c.cache_row})) return BAD_SHAPE;

@@ -22,7 +22,7 @@ constexpr int64_t PANELS = BYTES == 64 ? 2 : 4, QUERIES = PANELS * WIDTH;  // of
 constexpr int64_t KEYS = 64;                                // at a time; a multiple of LANES
 
 // A panel's queries of a block, and how many of KEYS keys they see.
-struct Panel {
+struct QueryPanel {
   int64_t number, first, count, vectors;
 };
 
@@ -72,15 +72,15 @@ struct Head {
     const Cut cut(count);
     for (int64_t n = 0; n < cut.panels; ++n) {
       const int64_t some = least(cut.tokens, count - n * cut.tokens);
-      body(Panel{n, first + n * cut.tokens, some, divide_up(some, LANES)});
+      body(QueryPanel{n, first + n * cut.tokens, some, divide_up(some, LANES)});
     }
   }
-  float* part(float* panels, const Panel& p, int64_t width) const {
+  float* part(float* panels, const QueryPanel& p, int64_t width) const {
     return panels + p.number * round_up(width, LANES) * WIDTH;
   }
 
   // The number of keys of the block from `from` on that some query of a panel sees: all after it are masked.
-  int64_t seen(const Panel& p, int64_t b, int64_t from) const {
+  int64_t seen(const QueryPanel& p, int64_t b, int64_t from) const {
     const int64_t some = least(KEYS, c.t - from);
     if (c.causal) {
       const int64_t visible = p.first + p.count + c.t - c.s - from;
@@ -97,7 +97,7 @@ struct Head {
   }
 
   // Logits of n keys, with those that are masked at -inf.
-  void hide(const Panel& p, int64_t b, int64_t from, int64_t n, float* logits) const {
+  void hide(const QueryPanel& p, int64_t b, int64_t from, int64_t n, float* logits) const {
     const int64_t width = p.vectors * LANES;
     if (c.causal) {
       const int64_t last = p.first + c.t - c.s - from;  // key that the first query sees last
@@ -118,7 +118,7 @@ struct Head {
   }
 
   // A panel's sums after n more keys: the softmax goes on where it was.
-  void add(const Panel& p, int64_t n) const {
+  void add(const QueryPanel& p, int64_t n) const {
     const int64_t width = p.vectors * LANES;
     float *most = high + p.number * WIDTH, *sums = total + p.number * WIDTH, *out = part(y, p, c.v);
     F keep[MOST_VECTORS];
@@ -144,7 +144,7 @@ struct Head {
   }
 
   // A panel, times a factor of each query if there are some, to rows of queries.
-  void put_rows(const Panel& p, const float* panel, int64_t columns, const F* factors, const Heads& to, int64_t b,
+  void put_rows(const QueryPanel& p, const float* panel, int64_t columns, const F* factors, const Heads& to, int64_t b,
                 int64_t h) const {
     for (int64_t v = 0; v < p.vectors; ++v)
       for (int64_t i = 0; i < columns; i += LANES) {
@@ -163,7 +163,7 @@ struct Head {
       }
   }
 
-  void pack_rows(const Panel& p, const Heads& from, int64_t width, int64_t b, int64_t h, float* panel) const {
+  void pack_rows(const QueryPanel& p, const Heads& from, int64_t width, int64_t b, int64_t h, float* panel) const {
     pack<Fp32Words>(c.bf16, width, p.count, p.vectors, [&](int64_t i) { return from.of(b, h, p.first + i); }, panel);
   }
 
@@ -189,13 +189,13 @@ struct Head {
 
   void forward(int64_t b, int64_t h, int64_t block) const {
     const int64_t first = block * QUERIES, count = least(QUERIES, c.s - first), group = h / (c.h / c.groups);
-    each_panel(first, count, [&](const Panel& p) { pack_rows(p, c.q, c.d, b, h, part(q, p, c.d)); });
+    each_panel(first, count, [&](const QueryPanel& p) { pack_rows(p, c.q, c.d, b, h, part(q, p, c.d)); });
     memset(y, 0, PANELS * round_up(c.v, LANES) * WIDTH * 4), memset(total, 0, QUERIES * 4);
     for (int64_t i = 0; i < QUERIES; ++i) high[i] = -FLT_MAX;  // so that a query without keys has 0 / 0
     for (int64_t from = 0; from < c.t; from += KEYS) {
       const int64_t some = least(KEYS, c.t - from);
       bool ready = false;
-      each_panel(first, count, [&](const Panel& p) {
+      each_panel(first, count, [&](const QueryPanel& p) {
         const int64_t n = seen(p, b, from);
         if (n == 0) return;
         if (!ready) turn_rows(c.v_rows, b, group, from, some, c.v, KEYS, values);
@@ -212,7 +212,7 @@ struct Head {
         add(p, n);
       });
     }
-    each_panel(first, count, [&](const Panel& p) {
+    each_panel(first, count, [&](const QueryPanel& p) {
       F factors[MOST_VECTORS];
       for (int64_t v = 0; v < p.vectors; ++v) factors[v] = splat(1.0f) / load<F>(total + p.number * WIDTH + v * LANES);
       put_rows(p, part(y, p, c.v), c.v, factors, c.y, b, h);
@@ -254,7 +254,7 @@ struct Head {
       const int64_t count = least(QUERIES, c.s - first);
       lay(c.q, b, h, first, count, c.d, q_rows), lay(c.dy, b, h, first, count, c.v, dy_rows);
       memset(dq, 0, PANELS * round_up(c.d, LANES) * WIDTH * 4);
-      each_panel(first, count, [&](const Panel& p) {
+      each_panel(first, count, [&](const QueryPanel& p) {
         pack_rows(p, c.q, c.d, b, h, part(q, p, c.d)), pack_rows(p, c.dy, c.v, b, h, part(dy, p, c.v));
         pack_rows(p, c.y, c.v, b, h, part(y, p, c.v));
         const float *gradient = part(dy, p, c.v), *value = part(y, p, c.v), *kept = c.lse + (b * c.h + h) * c.s + p.first;
@@ -268,24 +268,24 @@ struct Head {
       });
       for (int64_t from = 0; from < c.t; from += KEYS) {
         int64_t most = 0, queries = 0;
-        each_panel(first, count, [&](const Panel& p) {
+        each_panel(first, count, [&](const QueryPanel& p) {
           const int64_t n = seen(p, b, from);
           most = n > most ? n : most;
         });
         if (most == 0) continue;
-        each_panel(first, count, [&](const Panel& p) {
+        each_panel(first, count, [&](const QueryPanel& p) {
           gradients_of_keys(p, b, h, from, seen(p, b, from), most, queries);
           queries += p.count;
         });
         add_gradient(weight_rows, most, count, dy_rows, c.v, c.dv, b, h, from);
         add_gradient(ds_rows, most, count, q_rows, c.d, c.dk, b, h, from);
       }
-      each_panel(first, count, [&](const Panel& p) { put_rows(p, part(dq, p, c.d), c.d, nullptr, c.dq, b, h); });
+      each_panel(first, count, [&](const QueryPanel& p) { put_rows(p, part(dq, p, c.d), c.d, nullptr, c.dq, b, h); });
     }
   }
 
   // p and ds of a panel for n keys, as rows of `most` keys from column `at` on; and dq.
-  void gradients_of_keys(const Panel& p, int64_t b, int64_t h, int64_t from, int64_t n, int64_t most, int64_t at) const {
+  void gradients_of_keys(const QueryPanel& p, int64_t b, int64_t h, int64_t from, int64_t n, int64_t most, int64_t at) const {
     const int64_t width = p.vectors * LANES;
     for (int64_t r = n; r < most; ++r)
       for (float* rows : {weight_rows, ds_rows}) memset(rows + r * QUERIES + at, 0, p.count * 4);

@@ -49,6 +49,7 @@ inline U sortable(F x) {
 }
 
 constexpr int64_t PANEL_KEYS = MOST_VECTORS * LANES;
+constexpr int64_t SCORED = 16 * PANEL_KEYS;  // keys of an item of scores
 inline int64_t index_panel_for(int64_t width) { return width * PANEL_KEYS; }  // numbers of memory for a panel
 
 // FP32 rows times keys in BF16, whose words stay pairs in the panel: half as much is transposed and stored.

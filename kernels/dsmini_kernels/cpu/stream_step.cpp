@@ -15,10 +15,10 @@ typedef float Row __attribute__((vector_size(4 * MOST_STEP_STREAMS)));
 
 int64_t rows_of(const StreamStepCall& c) { return c.streams * (c.iterations ? 2 + c.streams : 2); }
 
-struct Buffers {
+struct StreamBuffers {
   int64_t all = 0, wide;
   float *flat, *mixes, *inverse;
-  Buffers(const StreamStepCall& c, float* memory) {
+  StreamBuffers(const StreamStepCall& c, float* memory) {
     wide = padded(c.streams * c.dim);
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
@@ -57,7 +57,7 @@ void sinkhorn(Row (&comb)[MOST_STEP_STREAMS], int64_t n, int64_t iterations, flo
 }
 
 // The weights of a token, and the sum that the sublayer reads.
-void read_token(const StreamStepCall& c, const Buffers& m, int64_t token) {
+void read_token(const StreamStepCall& c, const StreamBuffers& m, int64_t token) {
   const int64_t n = c.streams;
   const float* mixes = m.mixes + token * rows_of(c);
   const auto logit = [&](int64_t part, int64_t i) { return c.scale[part] * (mixes[i] * m.inverse[token]) + c.base[i]; };
@@ -98,7 +98,7 @@ void write_token(const StreamStepCall& c, int64_t token) {
   }
 }
 
-void step(const StreamStepCall& c, const Buffers& m) {
+void step(const StreamStepCall& c, const StreamBuffers& m) {
   Team team(c.threads);
   if (c.write) return team.each(c.n, [&](int64_t token, int64_t) { write_token(c, token); });
   const int64_t all = c.streams * c.dim, rows = rows_of(c);
@@ -118,7 +118,7 @@ void step(const StreamStepCall& c, const Buffers& m) {
   team.each(c.n, [&](int64_t token, int64_t) { read_token(c, m, token); });
 }
 
-bool stream_step(const StreamStepCall& c) { return with_memory<Buffers>(c, step); }
+bool stream_step(const StreamStepCall& c) { return with_memory<StreamBuffers>(c, step); }
 
 int64_t check(const StreamStepCall& c) {
   if (!sizes({c.n, c.dim, c.streams, c.iterations}) || c.n < 1 || c.n > MOST_TOKENS || c.dim < 1 || c.streams < 1 ||

@@ -13,13 +13,13 @@ constexpr uint32_t UNSEEN = 0x007FFFFF;  // what sorts like minus infinity
 
 // The memory of a call; sizes in numbers.
 template <class Words>
-struct Buffers {
+struct KeyBuffers {
   int64_t all = 0, panels, panel_numbers, room;
   float* keys;       // [b, panels, panel_numbers]
   uint32_t* scores;  // [threads, QUERIES_OF_ITEM, room]
   int32_t* places;   // [threads, topk]
 
-  Buffers(const TopkKeysCall& c, float* memory) {
+  KeyBuffers(const TopkKeysCall& c, float* memory) {
     const auto take = [&](int64_t numbers) {
       float* at = memory == nullptr ? nullptr : memory + all;
       all += round_up(numbers, 16);
@@ -46,7 +46,7 @@ void write_indices(const TopkKeysCall& c, uint32_t* scores, const uint8_t* mask,
 }
 
 template <class Words>
-void step(const TopkKeysCall& c, const Buffers<Words>& m) {
+void step(const TopkKeysCall& c, const KeyBuffers<Words>& m) {
   Team team(c.threads, Team::LONG);
   const int64_t size = c.bf16 ? 2 : 4, of_query = c.heads * c.width * size;
   const auto vectors_of = [&](int64_t panel) { return divide_up(least(PANEL_KEYS, c.t - panel * PANEL_KEYS), LANES); };
@@ -79,7 +79,7 @@ bool topk_keys(const TopkKeysCall& c) {
   bool fine = true;
   with_words(c.bf16, c.bf16 ? WEIGHT_BF16 : WEIGHT_FP32, [&](auto words) {
     using Words = decltype(words);
-    fine = with_memory<Buffers<Words>>(c, step<Words>);
+    fine = with_memory<KeyBuffers<Words>>(c, step<Words>);
   });
   return fine;
 }

@@ -1,6 +1,6 @@
 // The trial of the library for decoding.
 
-#include "trial.h"
+#include "trial_of_experts.h"
 
 extern "C" int64_t dsmini_linear(const LinearCall*, int64_t);
 extern "C" int64_t dsmini_norms(const NormsCall*, int64_t);
@@ -184,6 +184,7 @@ const char* dsmini_try() {
         for (const int64_t group : {1, 3}) try_grouped_attention(trial, b, s, type, cache, group);
     }
   }
+  try_all_experts(trial);
   for (const int64_t n : {1, 2, 7}) {
     try_norms(trial, n);
     for (const int64_t iterations : {0, 3}) try_streams(trial, n, 4, iterations), try_streams(trial, n, MOST_STEP_STREAMS, iterations);
