@@ -379,7 +379,9 @@ def test_processes_that_want_a_library_at_once_compile_it_once(
     assert {p.name for p in cache.iterdir()} == {Path(left).name, path.name}
     assert path.stat().st_mode & 0o777 == 0o700
     del (found := folders())[left]
-    assert list(found.values()) == [len(build._units("rounding")) + 1], "one process compiled each unit once, and linked"
+    assert list(found.values()) == [len(build._units("rounding")) + 1], (
+        "one process compiled each unit once, and linked"
+    )
 
 
 BROKEN = {
