@@ -156,7 +156,10 @@ def _served(plan: Plan, found: Deployments) -> list[str]:
     lines = list(dict.fromkeys(lines))
     if IN_TIME not in found.points:
         lines.insert(0, f"no deployment {'gives a token' if phase == 'decode' else 'reads a prompt'} in {limit}.")
-    bound = f"bound of {_searched(found, r)}: {_most(found)}."
+    user = f"a first token in at least {human(found.least_time, 's')}"
+    if phase == "decode":
+        user = f"a user at most {human(1 / found.least_time, 'token/s')}"
+    bound = f"bound of {_searched(found, r)}: {user}, a GPU at most {human(found.most, 'token/s')}."
     out = ", ".join(f"{n:,} {why}" for why, n in found.rejected.items() if n)
     sizes = sorted({each.d.gpus for each in found.every})
     on = plural(sizes[0], "GPU") if len(sizes) == 1 else f"{len(sizes)} numbers of GPUs up to {sizes[-1]}"
@@ -179,14 +182,6 @@ def _searched(found: Deployments, r: PlanRequest) -> str:
         few = "" if r.drafts else "at most "
         said += f", {few}{plural(drafts, 'draft')} accepted with {100 * r.acceptance:.3g} %"
     return said
-
-
-def _most(found: Deployments) -> str:
-    """Return the bound of a phase."""
-    user = f"a first token in at least {human(found.least_time, 's')}"
-    if found.phase == "decode":
-        user = f"a user at most {human(1 / found.least_time, 'token/s')}"
-    return f"{user}, a GPU at most {human(found.most, 'token/s')}"
 
 
 def _point(each: Served, priced: bool) -> str:

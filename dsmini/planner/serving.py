@@ -62,15 +62,11 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
 """Units that multiply numbers of a dtype, the best first."""
 OF_PROMPTS = {
     "batch": "Prompts of all GPUs",
-    "positions": "Tokens of a prompt",
     "time": "Time to the first token, an estimate",
     "least_time": "Least time to the first token",
-    "tokens_per_step": "Tokens of a prompt that a step reads",
     "tokens_per_second": "Tokens/s of a prompt, an estimate",
     "most_tokens_per_second": "Most tokens/s of a prompt",
     "sequences_that_fit": "Prompts of this length that fit, of all GPUs",
-    "group_sequences": "Prompts of GPUs that share theirs",
-    "sequence_cache": "Cache of a prompt on a GPU",
 }
 """Titles in reading prompts, where those of decoding name sequences and output tokens."""
 PARTS = ("matrices_time", "experts_time", "attention_time", "latency_time", "links_time", "draft_time")

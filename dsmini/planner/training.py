@@ -109,11 +109,6 @@ class Training:
         """Master weight and moments of a parameter; FP32 needs no master. Source: V3, section 3.3.3."""
         return self.master + (2 * SIZES[self.layout.moments] if self.layout.optimizer == "adamw" else 4)
 
-    @figure("B", main=True)
-    def state_parameter(self) -> float:
-        """Training state of a parameter. Source: V3, section 3.3.3."""
-        return self.state_weight + self.state_gradient + self.state_optimizer
-
     # --- the pipeline
 
     @figure("FLOP/s")

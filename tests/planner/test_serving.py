@@ -92,6 +92,13 @@ def test_drafts_share_a_reading_of_the_weights() -> None:
     assert three.memory.gpu_weights > none.memory.gpu_weights
 
 
+def test_weights_of_drafts_have_a_name_in_the_formula_of_the_bound() -> None:
+    figures = plan_of("deepseek-v3 drafts=3").figures
+    read = figures["decode_bound_weights_read"].formula
+    assert "decode_bound_draft_weights" in read and not re.search(r"(?<![\w.])\d{4,}", read)
+    assert figures["decode_bound_draft_weights"].unit == "B"
+
+
 def test_batch_may_be_smaller_than_the_number_of_gpus() -> None:
     """One sequence on eight GPUs that share it: each reads an eighth of heads and vocabulary, and no row crosses."""
     one = served("deepseek-v3", gpus=8, tensor=8, batch=1)
