@@ -232,7 +232,7 @@ def _compressed_attention_step(x: Tensor, part: Any, cache: Any, starts: Tensor)
     chosen = [s * topk if scores else n for n in entries]
     written = x.nbytes + b * s * _row_bytes(store.window)
     for of, seen in ((store, chosen), (store.index, entries if scores else [0])):
-        if of is not None and of.raw is not None:
+        if hasattr(of, "raw"):
             made = sum(length // m - (length - s) // m for length in lengths)
             read += sum(seen) * _row_bytes(of.entries) + made * layer.compressor.series * m * _row_bytes(of.raw)
             written += made * _row_bytes(of.entries) + b * s * _row_bytes(of.raw)
