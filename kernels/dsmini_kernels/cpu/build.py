@@ -24,7 +24,6 @@ import hashlib
 import itertools
 import os
 import platform
-import re
 import shlex
 import shutil
 import signal
@@ -52,8 +51,10 @@ HERE = Path(__file__).parent
 ROUNDING = ("-O2", "-ffp-contract=off")
 """Flags of kernels whose bits are defined: no multiplication and addition may become one operation."""
 PRODUCTS = ("-O2", "-ffp-contract=fast")  # as fast as -O3, in 0.6 of the time (docs/log.md)
-ROUNDED = re.compile(r"(scratch|team|library|tiles|blocks|trial_of_\w+)\.cpp")
-"""Sources with the flags of ROUNDING. All others have those of PRODUCTS."""
+TRIAL = ("-O0",)
+"""Flags of trials, which run once."""
+ROUNDED = ("scratch.cpp", "team.cpp", "library.cpp", "tiles.cpp", "blocks.cpp")
+"""Sources with the flags of ROUNDING. All others but trials have those of PRODUCTS."""
 LARGE = ("products.cpp", "compressed_attention.cpp")
 """Sources that take long to compile. All others of a library with the flags of PRODUCTS are one unit."""
 SHARED = ("scratch.cpp", "team.cpp")
@@ -262,8 +263,8 @@ def _key(flags: tuple[str, ...], part: str) -> str:
 
 def _flags_of(source: str) -> tuple[str, ...]:
     if source.startswith("trial_of_"):
-        return ("-O0",)  # it runs once
-    return ROUNDING if ROUNDED.fullmatch(source) else PRODUCTS
+        return TRIAL
+    return ROUNDING if source in ROUNDED else PRODUCTS
 
 
 def _cpu_flags() -> str:
@@ -307,7 +308,8 @@ def _build(
         keys: of each library, by its name.
     """
     parts, (first, *others) = " and ".join(keys), keys
-    _note(f"compiling the kernels for {parts} in C++, once on this machine: 5 to 10 s of two free cores")
+    seconds = 3 + 3 * len(keys)
+    _note(f"compiling the kernels for {parts} in C++, once on this machine: about {seconds} s of two free cores")
     began, built = time.monotonic(), dict[str, Path]()
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         try:
@@ -342,7 +344,7 @@ def _compile(compiler: tuple[str, ...], flags: tuple[str, ...], units: Iterable[
 
 def _units(part: str) -> list[Unit]:
     """Return the sources of a library that are compiled as one: their headers are then read once, not by each."""
-    together = tuple(source for source in SOURCES[part] if not ROUNDED.fullmatch(source) and source not in LARGE)
+    together = tuple(source for source in SOURCES[part] if _flags_of(source) == PRODUCTS and source not in LARGE)
     return [*((source,) for source in SOURCES[part] if source not in together), *filter(None, [together])]
 
 
