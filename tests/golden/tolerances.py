@@ -20,17 +20,25 @@ BF16_CACHE_LOGITS = 4e-4
 FP8_CACHE_LOGITS = 2e-3
 # The output is rounded to BF16: a number may go to the value next to it, 2^-8 of the largest at most.
 FP8_PRODUCT = 2.0**-8
-# Steps of training magnify differences, and a near tie may send a token to another expert: one token in the 128 or more
-# of a step, whose loss changes by a percent. Other seeds, data orders or learning rates change a loss by 1e-2 and more.
-# In four runs with one token of one step routed as if it were another, the losses changed by at most 1.2e-4, the
-# balance loss by 3e-4 and the gradient's norm by 1e-3.
-FP32_RUN = {**dict.fromkeys(("loss", "mtp_loss", "val_loss"), 2e-4), "balance_loss": 1e-3, "grad_norm": 5e-3}
+# Steps of training magnify differences, and a near tie may send a token to another expert. In 23 runs of the schedule's
+# recipe with one token of one layer and step routed to its next expert, losses changed by at most 1.1e-3, the balance
+# loss by 1.3e-2 and the gradient's norm by 2.3e-2: twice that. Other seeds, data orders or learning rates change a loss
+# by 1e-2 and more.
+FP32_RUN = {**dict.fromkeys(("loss", "mtp_loss", "val_loss"), 2.2e-3), "balance_loss": 2.6e-2, "grad_norm": 4.6e-2}
 FP32_RUN |= {"lr": 1e-12}  # Python's own numbers, whose cosine may differ in the last place
 # Once a number is rounded the other way, the weights of two runs differ by steps of E4M3 or BF16. The losses of the
 # first three steps agreed within 1e-7, all twenty within 6e-3. Four times that is left for other machines.
 ROUNDED_RUN = {**dict.fromkeys(("loss", "mtp_loss", "val_loss"), 3e-2), "lr": 1e-12}
 NEAR = {"schedule": FP32_RUN, "resumed": FP32_RUN, "fp8": ROUNDED_RUN, "bf16": ROUNDED_RUN}
 """Relative tolerances of figures by run."""
+FIRST_STEPS, FIRST = 3, 1e-5
+"""The first steps of a run in FP32 agree as its tensors do: a tie so early is unlikely."""
+
+
+def run_tolerance(name: str, key: str, step: int) -> float:
+    """Return the relative tolerance of a figure of a run; steps count from zero."""
+    exact = step < FIRST_STEPS and NEAR[name] is FP32_RUN
+    return min(FIRST, NEAR[name][key]) if exact else NEAR[name][key]
 
 
 def logits_tolerance(name: str) -> float:

@@ -289,8 +289,9 @@ def test_a_bad_number_is_seen_where_the_reference_sees_it(isa: str, dtype: torch
             rows = broken.view(-1, broken.shape[-1])
             rows[len(rows) // 2, at] = bad
             changed = case.changed({i: broken})
-            with ops.use("reference"):
-                want = case.operation(*changed.arguments)
+            with ops.use("reference"):  # in FP32: where torch has units for BF16, what it sees depends on the CPU
+                floats = changed.changed({j: changed.arguments[j].float() for j in case.floats})
+                want = case.operation(*floats.arguments)
             assert torch.equal(results(changed)[0].isfinite(), want.isfinite()), (case.operation.name, i, bad, at)
 
 
