@@ -29,7 +29,7 @@ Source: "Insights into DeepSeek-V3" (arXiv 2505.09343), table 2; DeepSeek-V2 rep
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from dsmini.accounting.tensors import (
     INDEXER,
@@ -52,8 +52,6 @@ from dsmini.config.fields import require
 Amounts = Iterator[tuple[str, int]]
 LOSS = "loss of the indexer"
 """Name of the products of an indexer's loss."""
-Form = Literal["auto", "expanded", "absorbed"]
-"""Form in which a new token attends to MLA's cache. auto: absorbed, or expanded where the heads are normed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,21 +103,19 @@ def flops_per_token(
     return _flops((part.module, part.forward + part.backward) for part in parts)
 
 
-def decode_flops_per_token(config: ModelConfig, *, context: int, form: Form = "auto") -> Flops:
+def decode_flops_per_token(config: ModelConfig, *, context: int) -> Flops:
     """Return the FLOPs of decoding one token of a sequence that holds `context` tokens with it.
 
-    A baseline's logits and sums take 2 h (d_qk + d_v) a cached token and layer. Expanded MLA makes keys and values of
-    the whole context again, 2 kv_lora_rank h (d_nope + d_v) a cached token, before the same. Absorbed MLA takes
-    2 h (2 kv_lora_rank + d_rope) a cached token, and its halves of wkv_b are as much work as wkv_b for one token.
-
-    Args:
-        form: how MLA attends.
+    A baseline's logits and sums take 2 h (d_qk + d_v) a cached token and layer. MLA attends absorbed, which takes
+    2 h (2 kv_lora_rank + d_rope) a cached token, and its halves of wkv_b are as much work as wkv_b for one token; with
+    qk_norm expanded: it makes keys and values of the whole context again, 2 kv_lora_rank h (d_nope + d_v) a cached
+    token, before the same as a baseline.
 
     Source: DeepSeek-V2 report, section 2.1.2 (absorption).
-    Raises: ValueError for a context below 1 or beyond max_seq_len, and form="absorbed" of what has none.
+    Raises: ValueError for a context below 1 or beyond max_seq_len.
     """
     check_context(config, context)
-    absorbed = is_absorbed(config, form)
+    absorbed = is_absorbed(config)
 
     def amounts() -> Amounts:
         for use in main_tensors(config):
@@ -242,27 +238,23 @@ def twice_the_keys(
     return k * (2 * keys - k) / keys
 
 
-def is_absorbed(c: ModelConfig, form: Form) -> bool:
-    """Return whether a new token attends in the absorbed form.
+def is_absorbed(c: ModelConfig) -> bool:
+    """Return whether a new token attends to MLA's cache in the absorbed form: where the heads are not normed.
 
-    A cached token costs fewer operations absorbed whatever the sizes, so "auto" absorbs where it can: 2 c + d_rope is
-    less than c (d_nope + d_v) + d_qk + d_v for each head.
+    So a cached token costs fewer operations whatever the sizes: 2 c + d_rope is less than c (d_nope + d_v) + d_qk + d_v
+    for each head.
     """
-    require(form in ("auto", "expanded", "absorbed"), f"form={form!r} is unknown; use auto, expanded or absorbed")
-    able = c.is_mla and not c.qk_norm
-    require(able or form != "absorbed", "form='absorbed' is MLA's without qk_norm; use expanded")
-    return able and form != "expanded"
+    return c.is_mla and not c.qk_norm
 
 
 def context_products(c: ModelConfig, use: TensorUse, context: int, absorbed: bool) -> int:
     """Return the multiply-adds of a new token with the cache in one block, all heads; 0 for a parameter.
 
-    The absorbed form reads the rows that a query chose. The expanded one makes all, and hides those that it did not.
+    Where a query chooses rows the form is absorbed, which reads those alone.
     """
     keys = context // use.ratio
-    reads_all = use.most_keys is None or not (absorbed or c.attention == "compressed")
-    met = keys if reads_all or use.most_keys is None else min(keys, use.most_keys)
-    if use.kind == OVER and absorbed and c.is_mla:
+    met = min(keys, use.most_keys or keys)
+    if use.kind == OVER and absorbed:
         return met * (c.n_heads * (2 * c.kv_lora_rank + c.qk_rope_head_dim))
     return met * use.per_pair
 

@@ -201,32 +201,30 @@ def saved_copy(use: TensorUse, config: ModelConfig, dtype: Dtype) -> int:
 # --- the cache
 
 
-def kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2, dtype: CacheDtype | None = None) -> float:
+def kv_bytes_per_token(config: ModelConfig, dtype: CacheDtype = "bfloat16") -> float:
     """Return the bytes of cache that a token occupies in all layers together. V3 in BF16: 70,272.
 
     The rows of multi-token prediction blocks are not in it. V4's are those of its entries, a mean; the window and the
     rows of which the next entry is made are a constant of each sequence.
 
     Args:
-        dtype: in place of bytes_per_number. "fp8" is 656 bytes a layer at V3's sizes: 512 codes, four FP32 scales, and
+        dtype: "fp8" is 656 bytes a layer at V3's sizes: 512 codes, four FP32 scales, and
             64 numbers of rotary key in BF16. DSA's are 132 more, the indexer's key: 48,068 in all layers of V3.2.
             V4's entries are 584 and the indexer's 68: 3,514.25 a token of V4-Flash.
 
     Source: DeepSeek-V2 report, table 1; "Insights into DeepSeek-V3", table 1 (its KB are 1000 bytes).
     Raises: ValueError for "fp8" where attention is a baseline.
     """
-    row, index = row_width(config) * bytes_per_number, (config.index_head_dim or 0) * bytes_per_number
-    if dtype is not None:
-        row, index = row_bytes(config, dtype), index_row_bytes(config, dtype)
+    row, index = row_bytes(config, dtype), index_row_bytes(config, dtype)
     if config.compress_ratios is None:
         return config.n_layers * row + full_layers(config) * index
     return sum((row + index * (ratio == CSA_RATIO)) / ratio for ratio in config.compress_ratios if ratio)
 
 
-def mha_kv_bytes_per_token(config: ModelConfig, bytes_per_number: int = 2) -> int:
+def mha_kv_bytes_per_token(config: ModelConfig, dtype: CacheDtype = "bfloat16") -> int:
     """Return kv_bytes_per_token of the mha_twin, also where qk_nope_head_dim is odd and no such model can be built."""
     widths = 2 * config.head_dim if config.head_dim else config.qk_nope_head_dim + config.v_head_dim
-    return config.n_layers * (config.n_heads * widths * bytes_per_number)
+    return config.n_layers * (config.n_heads * widths * SIZES[dtype])
 
 
 def mha_twin(config: ModelConfig) -> ModelConfig:
@@ -305,16 +303,14 @@ def engram_cache_bytes(c: ModelConfig, dtype: CacheDtype, tokens: int | None = N
     return len(c.engram_layer_ids or ()) * (4 * ids + inputs * row)
 
 
-def rows_read(c: ModelConfig, context: int, dtype: CacheDtype, chosen: bool = True) -> float:
+def rows_read(c: ModelConfig, context: int, dtype: CacheDtype) -> float:
     """Return the bytes of a sequence's cache that one new token reads in all layers.
 
-    Args:
-        chosen: of attention's rows only those that a query chose; an indexer's keys are read all in any case.
+    It reads the rows of attention that a query chose, and all keys of an indexer.
     """
     row, index = row_bytes(c, dtype), index_row_bytes(c, dtype)
     if c.compress_ratios is None:
-        attended = min(context, c.index_topk or context) if chosen else context
-        return c.n_layers * attended * row + full_layers(c) * context * index
+        return c.n_layers * min(context, c.index_topk or context) * row + full_layers(c) * context * index
     read = float(c.n_layers * min(context, c.window_size or context) * row)
     for ratio in filter(None, c.compress_ratios):
         entries = context // ratio

@@ -21,7 +21,7 @@ Worked example, DeepSeek-V3 in FP8 that decodes a token of one sequence at a con
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from dsmini.accounting.flops import Form, by_depth, is_absorbed
+from dsmini.accounting.flops import by_depth, is_absorbed
 from dsmini.accounting.memory import (
     CacheDtype,
     Optimizer,
@@ -78,7 +78,6 @@ def decode_bytes_per_token(
     batch: int = 1,
     dtype: WeightDtype = "bfloat16",
     cache_dtype: CacheDtype | None = None,
-    form: Form = "auto",
     experts: float | None = None,
 ) -> Traffic:
     """Return the bytes a token must move when each of `batch` sequences of `context` tokens decodes one more.
@@ -86,21 +85,20 @@ def decode_bytes_per_token(
     The context includes the new token. The batch shares the weights, of the routed experts those that some sequence
     chose. Every sequence reads its own cache: context rows a layer. Multi-token prediction does not run.
     The absorbed form reads wkv_b as the two halves it prepared once, in the compute dtype also where the weights are
-    FP8. The expanded form reads wkv_b, writes the keys and values of the whole context and reads them again.
+    FP8. The expanded form, that of qk_norm, reads wkv_b, writes the keys and values of the whole context and reads them
+    again.
 
     Args:
         dtype: of the weights; the compute dtype is the same, or BF16 for "fp8".
         cache_dtype: left out: the compute dtype.
-        form: how MLA attends.
         experts: distinct routed experts that a layer's step reads; left out: expected_experts, those of a mean step.
 
-    Raises: ValueError for a context outside 1 to max_seq_len, a batch below 1, more or fewer experts than can be, and
-        form="absorbed" of what has none.
+    Raises: ValueError for a context outside 1 to max_seq_len, a batch below 1, and more or fewer experts than can be.
     """
     check_context(config, context)
     check_sizes(batch=batch)
     c, products = config, _products(config, batch, dtype, experts)
-    size, absorbed = products.size, is_absorbed(c, form)
+    size, absorbed = products.size, is_absorbed(c)
     of_cache = cache_dtype or products.compute
     window = c.n_layers * row_bytes(c, of_cache) if c.compress_ratios else 0  # besides the entries
 
@@ -116,8 +114,8 @@ def decode_bytes_per_token(
                 yield from products.of(use, batch)
             if use.kind == SCORES:
                 yield ATTENDED, batch * use.times * use.per_pair * size
-        yield WRITE, batch * (window + kv_bytes_per_token(c, dtype=of_cache))
-        yield READ, batch * rows_read(c, context, of_cache, chosen=absorbed)
+        yield WRITE, batch * (window + kv_bytes_per_token(c, of_cache))
+        yield READ, batch * rows_read(c, context, of_cache)
         # absorbed, every head reads the row as its key, and the latent in it as its value
         widths = row_width(c) + c.kv_lora_rank if absorbed else key_width(c) + value_width(c)
         yield ATTENDED, c.n_layers * batch * c.n_heads * widths * size
@@ -157,7 +155,7 @@ def prefill_bytes_per_token(
             yield from products.of(use, batch if last_logits else n)
             if use.per_pair:
                 yield ATTENDED, n * use.times * _fused(config, use) * products.size
-        yield WRITE, n * kv_bytes_per_token(config, dtype=cache_dtype or products.compute)
+        yield WRITE, n * kv_bytes_per_token(config, cache_dtype or products.compute)
 
     return _per_token(amounts(), n)
 

@@ -277,7 +277,7 @@ class DecodingSubject:
         """Return numbers of sequences to try, the own one first: their caches together fit into memory."""
         sizes, row = (
             [n for n in BATCHES if n != self.batch],
-            accounting.kv_bytes_per_token(self.config, 4) * self.context,
+            accounting.kv_bytes_per_token(self.config, "float32") * self.context,
         )
         while sizes and (self.batch + sum(sizes)) * row > MOST_MEMORY * memory_bytes(self.device):
             sizes.pop()

@@ -34,7 +34,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar, TypeVarTuple, overload
+from typing import Any, TypeVar, TypeVarTuple
 
 from dsmini.report.units import human, is_whole, plural_of
 
@@ -91,30 +91,17 @@ class Figure(float):
 Figures = Mapping[str, Figure]
 
 
-class Explained(Generic[T]):
+class Explained(functools.cached_property[T]):
     """Property that is computed once, and knows how."""
 
     def __init__(self, method: Callable[[Any], T], unit: str, counted: bool, main: bool) -> None:
-        self.method: Callable[[Any], T] = method
+        super().__init__(method)
         self.unit: str = unit
         self.counted: bool = counted
         self.main: bool = main
         self.title: str
         self.source: str
         self.title, _, self.source = " ".join((method.__doc__ or "").split()).rstrip(".").partition(". Source: ")
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    @overload
-    def __get__(self, of: None, kind: type) -> "Explained[T]": ...
-    @overload
-    def __get__(self, of: object, kind: type) -> T: ...
-    def __get__(self, of: object | None, kind: type) -> "T | Explained[T]":
-        if of is None:
-            return self
-        found = of.__dict__[self.name] = self.method(of)
-        return found
 
 
 def figure(unit: str = "", main: bool = False) -> Callable[[Callable[[Any], T]], Explained[T]]:
@@ -152,11 +139,11 @@ def figures_of(found: object, inputs: Figures) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     methods = (each for kind in reversed(type(found).__mro__) for each in vars(kind).values())
     for each in methods:
-        if isinstance(each, Explained) and (value := getattr(found, each.name)) is not None:
-            name, writer = _whole_name(found, each.name), _Writer(found, each.method, inputs)
+        if isinstance(each, Explained) and (value := getattr(found, key := str(each.attrname))) is not None:
+            name, writer = _whole_name(found, key), _Writer(found, each.func, inputs)
             formula = "" if each.counted else writer.formula()
             source = each.source or (COUNTED if each.counted else "")
-            title = getattr(found, "titles", {}).get(each.name, each.title)
+            title = getattr(found, "titles", {}).get(key, each.title)
             figures |= {name: Figure(name, value, each.unit, title, source, formula, each.main)}
             figures |= writer.met
     return figures

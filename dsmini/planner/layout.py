@@ -27,21 +27,21 @@ from dsmini.report.units import plural
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Complete layout of a training run, and its step."""
+    """Complete layout of a training run, that of one process by default, and its step."""
 
-    gpus: int
-    pipeline: int
-    expert: int
-    tensor: int
-    zero: Zero
-    recompute: Recompute
-    precision: Precision
-    micro_batch: int
-    schedule: Schedule
-    optimizer: Optimizer
-    moments: Dtype
     batch: int
     """Sequences of an optimizer step."""
+    gpus: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    tensor: int = 1
+    zero: Zero = 0
+    recompute: Recompute = "none"
+    precision: Precision = "bf16"
+    micro_batch: int = 1
+    schedule: Schedule = "1f1b"
+    optimizer: Optimizer = "adamw"
+    moments: Dtype = "float32"
     context_parallel: int = 1
     """Parts of each sequence, on GPUs that gather the keys of all."""
 

@@ -303,7 +303,7 @@ class CacheFigures:
     @counted("B/token", main=True)
     def mha_kv_cache(self) -> float:
         """Cache of a token with MHA, all layers. Source: V2, table 1; INS, table 1."""
-        return mha_kv_bytes_per_token(self.config, self.size)
+        return mha_kv_bytes_per_token(self.config, self.dtype)
 
     @figure(main=True)
     def cache_saving(self) -> float:

@@ -191,9 +191,15 @@ def _point(each: Served, priced: bool) -> str:
         user = f"{human(each.time, 's')} to the first token (at least {human(each.least_time, 's')})"
     most, waits = human(each.most_gpu_tokens_per_second, ""), each.waits
     said = f"{each.d.words}: {user}, {human(each.gpu_tokens_per_second, 'token/s')} a GPU (at most {most})"
-    if priced and each.cost is not None and each.cost_most is not None:
-        said += f", {span(each.cost, each.cost_most, '$/token')}"
+    said += f", {price}" if (price := _price(each, priced)) else ""
     return f"{said}. {human(each.memory.gpu_memory, 'B')} a GPU; slowest: {max(waits, key=lambda part: waits[part])}."
+
+
+def _price(each: Served, priced: bool) -> str:
+    """Return the rent of a token; "" where there is none, or it may not be told."""
+    if not priced or each.cost is None or each.cost_most is None:
+        return ""
+    return span(each.cost, each.cost_most, "$/token")
 
 
 def ten_lines(plan: Plan) -> list[str]:
@@ -295,10 +301,7 @@ def front_table(found: Deployments, priced: bool) -> Table:
         gpu = each.gpu_tokens_per_second, each.most_gpu_tokens_per_second
         unit = "token/s" if each.decode else "s"
         cells = (f"{human(a, u)} ({human(b, u)})" for (a, b), u in ((user, unit), (gpu, "token/s")))
-        price = NOTHING
-        if priced and each.cost is not None and each.cost_most is not None:
-            price = span(each.cost, each.cost_most, "$/token")
-        rows.append((each.d.words, *cells, price, human(each.memory.gpu_memory, "B")))
+        rows.append((each.d.words, *cells, _price(each, priced) or NOTHING, human(each.memory.gpu_memory, "B")))
     columns = ("deployment", "a user" if found.phase == "decode" else "first token", "a GPU", "price", "memory")
     rent = found.main.s.h.rent
     common = "Front: none gives both a user and a GPU more." + (f" Rent: {rent}." if rent and priced else "")
@@ -374,9 +377,7 @@ def explained(of: Plan | Figures, name: str, width: int, depth: int | None = Non
     found = explain(figures, name, depth)
     record = {kind: [asdict(step) for step in steps] for kind, steps in found.items()}
     lines, left = [text(found, width)], len(needed(figures, name)) - sum(map(len, found.values()))
-    if depth is None and len(found["steps"]) > 12:
-        lines.append("\n--depth 1 shows only what the formula names itself.")
-    elif left:
+    if left:
         lines.append(f"\n{plural(left, 'figure')} and inputs more are further away; leave out --depth for all.")
     return Answer(record=record, lines=lines)
 
@@ -393,22 +394,19 @@ def searched(plan: Plan, command: str, on_part: OnPart = quiet) -> Answer:
     if plan.request.precision == "fp32":
         precisions = ("fp32",)
     options = {**EVERY, "precision": precisions, **{name: (value,) for name, value in plan.asked.given().items()}}
-    how: dict[str, Any] = {"m": plan.m, "hardware": plan.hardware, "assumed": plan.inputs}
-    search = Search(base=plan.training.layout, options=options, **how)
+    search = Search(m=plan.m, hardware=plan.hardware, assumed=plan.inputs, base=plan.training.layout, options=options)
     found = search.fastest(12, on_part)
     if not found:
         raise ValueError(what_would_fit(search))
-    *_, fastest = found[0]
-    layout = {name: getattr(fastest.layout, name) for name in LAYOUT}
-    best = changed(plan, layout, plan.hardware, "the fastest of all that fit")
-    best.inputs.sources["layout"] = "the fastest of all that fit"
+    how = "the fastest of all that fit"
+    best = changed(plan, asdict(found[0][-1].layout), plan.hardware, how)
+    best.inputs.sources["layout"] = how
     by_parts = replace(plan.inputs, request=replace(plan.request, utilization=None))
     records: list[Record] = []
     rows: list[tuple[str, ...]] = []
     for seconds, memory, _, t in found:
-        c = {name: getattr(t.layout, name) for name in LAYOUT}
         mfu, binds = Run(t, by_parts).mfu, max(t.parts, key=lambda part: t.parts[part])
-        records.append({**c, "memory": memory, "step_seconds": seconds, "mfu": mfu, "binds": binds})
+        records.append({**asdict(t.layout), "memory": memory, "step_seconds": seconds, "mfu": mfu, "binds": binds})
         cells = human(seconds, "s"), binds, human(memory, "B"), f"{mfu:.3f}", _layout(t.layout)
         rows.append((str(len(records)), *cells))
     columns = ("", "step", "slowest", "memory", "MFU", "layout")

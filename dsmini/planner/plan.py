@@ -26,7 +26,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -180,7 +180,7 @@ def make_plan(
     m = ModelFigures(model.config, inputs["seq_len"], sources.get("model", model.source))
     chosen = choose_layout(inputs, model, m, hardware)
     layout, how = chosen.training.layout, sources.get("layout", chosen.how)
-    inputs = inputs.filled(how, **{name: getattr(layout, name) for name in LAYOUT})
+    inputs = inputs.filled(how, **asdict(layout))
     inputs.sources["layout"] = how
     run = Run(chosen.training, inputs)
     if chosen.training.fits:

@@ -50,14 +50,6 @@ SHORT: Options = {**EVERY, "micro_batch": (1,), "schedule": ("1f1b", "dualpipe")
 MOST_GPUS = 2**20
 DAYS = 90.0
 """Days of the longest training, where the user leaves them open."""
-DEFAULTS: Mapping[str, Any] = {
-    **dict.fromkeys(("gpus", *SIZES), 1),
-    **{"zero": 0, "recompute": "none", "precision": "bf16", "schedule": "1f1b", "optimizer": "adamw"},
-    "moments": "float32",
-}
-"""Layout of one process."""
-
-
 Ranked = tuple[float, float, int, Training]
 """Layout that was planned: seconds of a step, memory, and place among all of the options, by which they are sorted."""
 
@@ -149,7 +141,7 @@ def choose_layout(inputs: Inputs, model: Model, m: ModelFigures, hardware: Hardw
     if len(given) == len(LAYOUT):
         found = planned(**given)
         return Chosen(found, "as chosen", "" if found.fits else "use more GPUs, ZeRO, recomputation, or --search")
-    state = {**DEFAULTS, "precision": usual_precision(model, hardware)}
+    state: dict[str, Any] = {"precision": usual_precision(model, hardware)}
     if run is not None:
         state |= {"optimizer": run.train.optimizer, "moments": run.train.moments}
         state |= {"precision": "fp32"} if run.train.dtype == "float32" else {}

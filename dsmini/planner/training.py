@@ -25,7 +25,8 @@ Source: DeepSeek-V3 report, sections 3.2 and 3.3, table 2; ZeRO (arXiv 1910.0205
 from functools import cached_property
 
 from dsmini.accounting.memory import kv_bytes_per_token
-from dsmini.accounting.tensors import BLOCK, SIZES
+from dsmini.accounting.tensors import BLOCK, SIZES, Dtype
+from dsmini.config.fields import require
 from dsmini.planner.exchange import Exchange
 from dsmini.planner.figure import counted, figure
 from dsmini.planner.hardware import Hardware
@@ -57,7 +58,7 @@ class Training:
         self.layout: Layout = r
         in_node = gpus_in_node(r.expert, h.gpus_per_node)
         self.exchange: Exchange = Exchange(m.config, r.expert, in_node, DTYPES[r.precision])
-        self.dtype = "float32" if r.precision == "fp32" else "bfloat16"
+        self.dtype: Dtype = "float32" if r.precision == "fp32" else "bfloat16"
         self.master = 0 if r.precision == "fp32" else 4
         """Bytes of a master weight."""
         self.communication = a["communication_share"] if r.expert > 1 else 0
@@ -65,7 +66,9 @@ class Training:
         self.local_experts: float = m.config.n_routed_experts / r.expert * m.expert_parameters
         """Numbers of the routed experts of a layer on a GPU."""
         h.check_links(r.gpus)
-        h.peak(DTYPES[r.precision])  # raises
+        able = [f"precision={name}" for name, dtype in DTYPES.items() if dtype in h.peaks]
+        said = f"{h.title} has no {DTYPES[r.precision]} units for training in precision={r.precision}; "
+        require(f"precision={r.precision}" in able, f"{said}use {' or '.join(able)}")
 
     # --- the layout
 
@@ -252,7 +255,7 @@ class Training:
     @counted("B/token")
     def key_bytes(self) -> float:
         """Keys and values of a token, the mean of all layers. Source: accounting's kv_bytes_per_token."""
-        return kv_bytes_per_token(self.m.config, SIZES[self.dtype]) / self.m.config.n_layers
+        return kv_bytes_per_token(self.m.config, self.dtype) / self.m.config.n_layers
 
     @figure("B/s")
     def ring_rate(self) -> float:

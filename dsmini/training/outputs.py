@@ -32,9 +32,8 @@ def summarise(run: TrainingRun) -> dict[str, Any]:
     rate = tokens / history.seconds
     flops = accounting.flops_per_token(model, config.seq_len, training=True, dsa_stage=train.dsa_stage).total
     dtype_name = "float32" if itemsize == 4 else "bfloat16"
-    cache, mha_cache = (
-        bytes_of(model, itemsize) for bytes_of in (accounting.kv_bytes_per_token, accounting.mha_kv_bytes_per_token)
-    )
+    cache = accounting.kv_bytes_per_token(model, dtype_name)
+    mha_cache = accounting.mha_kv_bytes_per_token(model, dtype_name)
     vio = [row["max_vio"] for row in history.recent() if row["max_vio"] is not None]
     validated = [(row["val_loss"], row["step"]) for row in history.records if row["val_loss"] is not None]
     best_val_loss, best_val_step = min(validated, default=(None, None))

@@ -202,8 +202,8 @@ def test_other_models_as_printed() -> None:
 
 def test_cache_as_printed() -> None:
     """Bytes a token: V3 (INS, table 1); V2 as 2.25 groups of GQA (V2, table 1). The planner's figures have GQA's."""
-    assert kv_bytes_per_token(V3) == 70_272 == 2 * kv_bytes_per_token(V3, bytes_per_number=1)
-    assert kv_bytes_per_token(released("deepseek-v2"), 1) == 4.5 * 128 * 60 == 2.25 * (2 * 128) * 60
+    assert kv_bytes_per_token(V3) == 70_272
+    assert kv_bytes_per_token(released("deepseek-v2")) / 2 == 4.5 * 128 * 60 == 2.25 * (2 * 128) * 60
 
 
 def test_cache_against_the_mha_twin() -> None:
@@ -219,7 +219,7 @@ def test_cache_against_the_mha_twin() -> None:
 @given(model_configs())
 def test_cache_of_the_mha_twin_needs_no_twin(config: ModelConfig) -> None:
     if config.qk_nope_head_dim % 2 == 0:
-        assert mha_kv_bytes_per_token(config, 2) == kv_bytes_per_token(mha_twin(config), 2)
+        assert mha_kv_bytes_per_token(config) == kv_bytes_per_token(mha_twin(config))
 
 
 # --- refusals
@@ -325,7 +325,7 @@ def test_bytes_that_products_move_in_decoding(
     """
     config, size = sized(**ATTENTIONS[case]), DTYPES[dtype].itemsize
     moved, experts = measured(config, context, batch, dtype, cache_dtype, form_of(case))
-    how: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "form": form_of(case), "experts": experts}
+    how: dict[str, Any] = {"dtype": dtype, "cache_dtype": cache_dtype, "experts": experts}
     counted = decode_bytes_per_token(config, context=context, batch=batch, **how)
     rows, rest = split(config, counted.by_part, case, batch, size)
     assert rest == pytest.approx(moved.products, rel=1e-12)
@@ -338,7 +338,7 @@ def test_fp8_weights_are_read_as_codes_and_scales(batch: int) -> None:
     """The absorbed halves are BF16 already."""
     config = sized()
     moved, experts = measured(config, 100, batch, "bfloat16", "bfloat16", "absorbed", fp8=True)
-    how: dict[str, Any] = {"context": 100, "batch": batch, "form": "absorbed", "experts": experts}
+    how: dict[str, Any] = {"context": 100, "batch": batch, "experts": experts}
     least = decode_bytes_per_token(config, **how, dtype="fp8")
     plain = decode_bytes_per_token(config, **how, dtype="bfloat16")
     _, products = split(config, plain.by_part, "absorbed", batch, 2)
@@ -353,8 +353,8 @@ def test_fp8_weights_are_read_as_codes_and_scales(batch: int) -> None:
 def test_attention_of_v3_by_hand() -> None:
     """Absorbed, 128 heads read 576 numbers as key and sum 512; expanded, keys are 192 wide and values 128."""
     how: dict[str, Any] = {"context": 4096, "batch": 3}
-    absorbed, expanded = (decode_bytes_per_token(V3, form=form, **how).by_part for form in ("auto", "expanded"))
-    mha = decode_bytes_per_token(dataclasses.replace(V3, attention="mha"), **how).by_part
+    configs = (dataclasses.replace(V3, **changes) for changes in ({}, {"qk_norm": True}, {"attention": "mha"}))
+    absorbed, expanded, mha = (decode_bytes_per_token(config, **how).by_part for config in configs)
     assert absorbed["attention operands"] == pytest.approx(2 * 61 * 128 * (576 + 512))
     assert expanded["attention operands"] == pytest.approx(2 * 61 * 128 * (192 + 128))
     assert mha["attention operands"] == pytest.approx(2 * 61 * 128 * (128 + 128))
@@ -366,8 +366,6 @@ def test_a_decoded_token_reads_all_index_keys_and_k_rows() -> None:
     config = released("deepseek-v3", **V32, max_seq_len=2**20)
     read = decode_bytes_per_token(config, context=128 * 1024, dtype="fp8", cache_dtype="fp8").by_part["cache read"]
     assert read == 61 * (132 * 128 * 1024 + 656 * 2048)
-    expanded = decode_bytes_per_token(config, context=4096, dtype="fp8", cache_dtype="fp8", form="expanded")
-    assert expanded.by_part["cache read"] == 61 * (132 + 656) * 4096
 
 
 @given(config=model_configs(), data=st.data())
@@ -377,7 +375,6 @@ def test_decoding_reads_no_more_than_there_is(config: ModelConfig, data: st.Data
         "batch": data.draw(st.integers(1, 5)),
         "dtype": data.draw(st.sampled_from(["float32", "bfloat16", "fp8"])),
         "cache_dtype": data.draw(st.sampled_from(["float32", "bfloat16"])),
-        "form": data.draw(st.sampled_from(["auto", "expanded"])),
     }
     least = decode_bytes_per_token(config, **how)
     assert sum(least.by_part.values()) == least.total
@@ -431,7 +428,7 @@ def test_bytes_that_a_forward_moves(case: str) -> None:
     ours = b * s * sum(amount for name, amount in counted.by_part.items() if name not in left_out)
     biases = 4 * 16 * len(routing)
     assert ours - biases == pytest.approx(products, rel=1e-12)
-    assert counted.by_part["cache write"] == kv_bytes_per_token(config, 4)
+    assert counted.by_part["cache write"] == kv_bytes_per_token(config, "float32")
 
 
 def test_groups_of_heads_read_all_heads() -> None:

@@ -444,7 +444,7 @@ def test_a_cache_larger_than_memory_is_refused() -> None:
 def test_batches_to_try_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = DecodingSubject(Transformer(MODEL).eval(), batch=2)
     assert subject.batch_sizes() == [2, *(n for n in module.BATCHES if n != 2)]
-    row = accounting.kv_bytes_per_token(MODEL, 4) * subject.context
+    row = accounting.kv_bytes_per_token(MODEL, "float32") * subject.context
     monkeypatch.setattr(module, "memory_bytes", lambda _: 4 * row / module.MOST_MEMORY)
     assert subject.batch_sizes() == [2, 1]
 

@@ -22,7 +22,6 @@ SHARED: dict[str, Any] = MODELS["dsa"] | {"indexer_types": ("full", "shared", "f
 """Changes of it: DSA in which a layer takes another one's choice, and teaches its indexer."""
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "absorbed": {},
-    "expanded": {},
     "query not compressed": {"q_lora_rank": None},
     "normed heads": {"qk_norm": True},
     "mha": {"attention": "mha"},
@@ -39,7 +38,7 @@ def sized(**changes: Any) -> ModelConfig:
 
 def form_of(case: str) -> Any:
     """Return the form in which a case of ATTENTIONS attends to a cache."""
-    if case in ("expanded", "normed heads"):
+    if case == "normed heads":
         return "expanded"
     return "auto" if case in ("mha", "gqa", "mqa") else "absorbed"
 

@@ -127,7 +127,7 @@ def extension_hours() -> float:
 
 def v2_cache_saving() -> float:
     """Return the share of DeepSeek 67B's cache that V2 saves."""
-    v2 = kv_bytes_per_token(reference("deepseek-v2"), bytes_per_number=1) * V2_BITS / 8
+    v2 = kv_bytes_per_token(reference("deepseek-v2")) * V2_BITS / 16
     return 1 - v2 / kv_bytes_per_token(reference("deepseek-67b"))
 
 

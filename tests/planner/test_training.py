@@ -14,7 +14,6 @@ from dsmini.planner.exchange import places_hit
 from dsmini.planner.pages import lines_of
 from dsmini.planner.plan import make_plan
 from dsmini.planner.request import Model, PlanRequest, reference
-from dsmini.planner.search import DEFAULTS
 from dsmini.planner.training import PARTS
 from tests.helpers.plans import every_of, hardware_of, in_layout, plan_of, run_of, trained_in, values_of
 
@@ -103,7 +102,7 @@ def test_rows_of_both_passes_have_the_scales_of_fp8() -> None:
 def test_efficiencies_give_the_printed_runs() -> None:
     """Llama 3's 43 % of a whole step, with all-reduces and the bubble of 8 interleaved stages; V3's 143.8 ms."""
     model = Model(config=reference("llama-3.1-405b"), source="a test")
-    sizes: dict[str, Any] = {**DEFAULTS, "gpus": 8192, "pipeline": 16, "tensor": 8, "zero": 1}
+    sizes: dict[str, Any] = {"gpus": 8192, "pipeline": 16, "tensor": 8, "zero": 1}
     plan = make_plan(PlanRequest(**sizes, batch=2048, seq_len=8192), model, hardware_of("h100"))
     s = {name: float(figure) for name, figure in every_of(plan).items()}
     whole = (s["computing_seconds"] + s["reducing_seconds"]) * (1 + 15 / (8 * s["micro_batches"]))
