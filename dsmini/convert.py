@@ -33,6 +33,7 @@ from dsmini.console.commandline import parse
 from dsmini.console.messages import say
 from dsmini.console.progress import Progress
 from dsmini.reading import listed, read_text
+from dsmini.report.units import plural
 from dsmini.text.tokenizer import BPETokenizer, byte_tokenizer_json
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _check(command: ConvertCommand) -> int:
             progress.update(len(layers), layer.name)
     stored = Counter(tensor.dtype for tensor in there.reader.tensors.values())
     lines = [
-        f"{command.src.name}, {there.raw.get('model_type', 'inference layout')}: {inspection.files} files, "
+        f"{command.src.name}, {there.raw.get('model_type', 'inference layout')}: {plural(inspection.files, 'file')}, "
         f"{counted:,} parameters; tensors: {', '.join(f'{n:,} {name}' for name, n in sorted(stored.items()))}"
     ]
     if inspection.stray:

@@ -23,6 +23,8 @@ LARGEST = 100_000_000
 LARGEST_TOML = 1_000_000
 """Maximum size of a TOML file in bytes."""
 TOO_DEEP = "nests tables or lists too deeply; want a flatter one"
+LISTED = 8
+"""Number of names, or of faults, in one sentence; it says how many more there are."""
 LONGEST_NAME = 255
 """Maximum number of bytes in one part of a path; no file system in use has more."""
 
@@ -106,7 +108,7 @@ def readable(name: str) -> str:
     return name if name.isprintable() and len(name) <= 300 else brief(name, 300)
 
 
-def listed(names: Sequence[str], most: int = 50) -> str:
+def listed(names: Sequence[str], most: int = LISTED) -> str:
     """Return names separated by commas; of a long list the first ones, and the number of the others."""
     more = [f"and {len(names) - most:,} more"] if len(names) > most else []
     return ", ".join([*map(readable, names[:most]), *more])

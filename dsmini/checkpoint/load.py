@@ -48,7 +48,7 @@ from dsmini.nn.fp8 import fp8_weights, hold_fp8
 from dsmini.nn.gate import check_table
 from dsmini.nn.layers import FP32Module
 from dsmini.numerics import FP4_BLOCK, WEIGHT_TILE, dequantize_fp4, dequantize_tiles
-from dsmini.reading import check_path, is_there, listed, read_table
+from dsmini.reading import LISTED, check_path, is_there, listed, read_table
 
 HELD = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = ("BF16", "F32", "F16", "F64")
@@ -272,10 +272,10 @@ class PretrainedTensors:
                 faults.append(f"{name} is {list(got.shape)}, want {list(shape)}")
             elif got and got.dtype not in kinds:
                 faults.append(f"{name} is {got.dtype}, want {' or '.join(kinds)}")
-        more = [f"and {len(faults) - 50:,} more"] if len(faults) > 50 else []
+        more = [f"and {len(faults) - LISTED:,} more"] if len(faults) > LISTED else []
         require(
             not faults,
-            f"{self.folder} does not hold the model that its config describes: {'; '.join([*faults[:50], *more])}; "
+            f"{self.folder} does not hold the model that its config describes: {'; '.join([*faults[:LISTED], *more])}; "
             "fetch its files again, or mend the config",
         )
 
