@@ -68,8 +68,8 @@ class CompareCommand:
     out: Path | None = None
     """File of the results, NAME.jsonl; left out: in comparisons/. NAME.png is the picture."""
     report: Path | None = None
-    """Folder of results to show again, without a run; draws one picture of all, forest.png. Comparisons of one question
-    at several sizes also get a trend for each arm, and trends.png."""
+    """Folder of results to show again, without a run; draws one picture, forest.png. Comparisons of one question at
+    several sizes have a trend for each arm; trends.png shows all sizes, forest.png the largest."""
     json: bool = False
     """Print the answer as a line of JSON, and all else to the standard error."""
 
@@ -168,11 +168,12 @@ def _answer(command: CompareCommand, found: "list[Results]", picture: Path, cons
     from dsmini.comparison.answer import answer_of, draw, show
     from dsmini.comparison.trend import answer_of_trends, ladders_of
 
-    answers = [answer_of(results) for results in found]
-    trends = [*map(answer_of_trends, ladders_of(found))] if command.report else []
-    for path, of in ((picture, answers), (picture.with_name("trends.png"), trends)):
-        for answer in of:
-            show(console, answer)
+    answers, ladders = [answer_of(results) for results in found], ladders_of(found) if command.report else []
+    trends, smaller = [*map(answer_of_trends, ladders)], [step for each in ladders for step in [*each.values()][:-1]]
+    for answer in (*answers, *trends):
+        show(console, answer)
+    largest = [answer for answer, results in zip(answers, found, strict=True) if results not in smaller]
+    for path, of in ((picture, largest), (picture.with_name("trends.png"), trends)):
         if of:
             draw(path, of)
             say(console, f"picture {path}")

@@ -31,9 +31,10 @@ COLOURS = {
 }
 """Colours of verdicts; other words are black."""
 TONES = {"better": "near", "equal": "near", "holds": "near", "undecided": "off"}
-LOSS, TIME = "difference to the base in nats a byte\nleft is better; the band is the margin", "time\nbase = 1"
-RATIOS = (0.25, 4.0)
-"""Ratios of time beyond which a mean is an arrow."""
+LOSS = "difference in nats a byte: left is better, the band is the margin"
+HEIGHT = 7.5
+"""Inches of a picture, 120 pixels each."""
+MOST_ROWS = 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +42,13 @@ class Row:
     """A row of a forest plot."""
 
     arm: str
+    word: str
     at: str = ""
     """Number of active parameters of the base, where they differ."""
-    word: str = "base"
     differences: Sequence[float] = ()
     """Paired differences in nats a byte."""
     mean: Estimate | None = None
     """Their mean, or a slope for each doubling of active parameters."""
-    ratios: Sequence[float] = ()
-    """Ratios of time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +70,16 @@ def answer_of(results: Results) -> Answer:
     differences = {arm: results.differences(arm) for arm in arms}
     found = verdicts(differences, head["margin"], {arm: results.diverged(arm) for arm in arms})
     rows = [
-        Row(
-            arm=arm,
-            word=verdict.word,
-            differences=differences[arm],
-            mean=verdict.difference,
-            ratios=_ratios(results, arm, results.clock),
-        )
+        Row(arm=arm, word=verdict.word, differences=differences[arm], mean=verdict.difference)
         for arm, verdict in found.items()
     ]
     said = [f"{key}: {head[key]}" for key in ("source", "hypothesis") if head[key]]
     return Answer(
-        title=head["question"] or results.path.stem,
+        title=f"{head['question'] or results.path.stem} Base: {base}.",
         margin=head["margin"],
         table=_table(results, found),
         sentences=[*said, *_sentences(results, found)],
-        rows=[Row(arm=base), *rows],
+        rows=rows,
         record=_record(results, found),
     )
 
@@ -205,69 +198,67 @@ def _record(results: Results, found: Mapping[str, Verdict]) -> dict[str, Any]:
 
 
 def draw(path: Path, answers: Sequence[Answer]) -> None:
-    """Write a forest plot as PNG: in each row paired differences, their mean and its 95 % interval; next to them the
-    ratios of time."""
+    """Write a forest plot as PNG, at most HEIGHT high: in each row paired differences, their mean and 95 % interval.
+
+    Of more than MOST_ROWS those of arms that differ stay, and a title says how many do not.
+    """
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
     from matplotlib.patches import Rectangle
     from matplotlib.transforms import blended_transform_factory
 
-    def escaped(words: str, most: int) -> str:
-        cut = textwrap.shorten(words, most, placeholder="...")
-        return cut.replace("$", r"\$")  # between two of them would be a formula
-
-    reach = _reach(answers)
-    number_of_rows = sum(1 + len(answer.rows) for answer in answers)
-    figure = Figure(figsize=(9, 0.8 + 0.3 * number_of_rows), layout="constrained")
-    axes, clock = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
-    across = blended_transform_factory(figure.transFigure, axes.transData)
-    ticks: list[tuple[str, str]] = []
+    many = sum(1 + len(answer.rows) for answer in answers) > MOST_ROWS
+    lines = list[tuple[str, Row | None, float]]()
     for answer in answers:
-        top, title = len(ticks), escaped(answer.title, 110)
-        band = Rectangle((0, top - 0.5), 1, 1, transform=across, color="#ececec", clip_on=False, zorder=3)
-        axes.add_patch(band).set_in_layout(False)
-        axes.text(0.01, top, title, transform=across, va="center", zorder=4).set_in_layout(False)
-        ticks.append(("", "black"))
-        bottom, margin = top + len(answer.rows), answer.margin
-        axes.fill_betweenx([top + 0.5, bottom + 0.5], -margin, margin, color="#9db4d0", alpha=0.25, linewidth=0)
-        for y, row in enumerate(answer.rows, top + 1):
+        shown = [row for row in answer.rows if not many or row.word not in ("equal", "undecided")]
+        left = len(answer.rows) - len(shown)
+        more = f" {plural(left, 'arm')} equal or undecided." if left else ""
+        lines.append((f"{textwrap.shorten(answer.title, 118 - len(more), placeholder='...')}{more}", None, 0.0))
+        for row in shown:
             size = f" ({row.at})" if row.at else ""
-            words, colour = f"{escaped(row.arm, 40 - len(size))}{size}:   {row.word}", COLOURS.get(row.word, "black")
+            words = f"{textwrap.shorten(row.arm, 40 - len(size), placeholder='...')}{size}:   {row.word}"
             if (d := row.mean) is not None:
-                _plot(axes, y, row.differences, d, (-reach, reach), colour)
                 words += (f" {d.value:+.4f}" if math.isfinite(d.value) else "") + f", {plural(d.turns, 'seed')}"
-            if row.ratios:
-                _plot(clock, y, row.ratios, mean_of(row.ratios), RATIOS, colour)
-            ticks.append((words, colour))
-    for part, same, title in ((axes, 0, LOSS), (clock, 1, TIME)):
-        part.axvline(same, color=INK, linewidth=0.8)
-        part.set_xlabel(title, fontsize=10)
-        part.grid(axis="x", alpha=0.3)
-        part.locator_params(axis="x", nbins=6 if part is axes else 3)
-        part.tick_params(axis="y", length=0)
-    axes.set_yticks(range(len(ticks)), [words for words, _ in ticks])
-    clock.patch.set_visible(False)
-    clock.set_zorder(-1)  # the bands of the titles lie above it
-    for tick, (_, colour) in zip(axes.get_yticklabels(), ticks, strict=True):
-        tick.set_color(colour)
-    axes.set_ylim(len(ticks) - 0.5, -0.5)
+            lines.append((words, row, answer.margin))
+    reach, height = _reach([row.mean for _, row, _ in lines if row], answers), min(HEIGHT, 0.8 + 0.3 * len(lines))
+    size = min(10.0, 55 * (height - 0.8) / len(lines))
+    figure = Figure(figsize=(9, height), layout="constrained")
+    axes = figure.subplots()
+    across = blended_transform_factory(figure.transFigure, axes.transData)
+    for y, (words, row, margin) in enumerate(lines):
+        words = words.replace("$", r"\$")  # between two of them would be a formula
+        if row is None:
+            band = Rectangle((0, y - 0.5), 1, 1, transform=across, color="#ececec", clip_on=False, zorder=3)
+            axes.add_patch(band).set_in_layout(False)
+            axes.text(0.01, y, words, transform=across, va="center", size=size, zorder=4).set_in_layout(False)
+            continue
+        colour = COLOURS.get(row.word, "black")
+        axes.fill_betweenx([y - 0.5, y + 0.5], -margin, margin, color="#9db4d0", alpha=0.25, linewidth=0)
+        if row.mean is not None:
+            _plot(axes, y, row.differences, row.mean, reach, colour)
+        axes.text(
+            -0.01, y, words, transform=axes.get_yaxis_transform(), ha="right", va="center", color=colour, size=size
+        )
+    axes.axvline(0, color=INK, linewidth=0.8)
+    figure.supxlabel(LOSS, fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_yticks([])
+    axes.set_ylim(len(lines) - 0.5, -0.5)
     with new_file(path) as partial:
         figure.savefig(partial, dpi=120, format="png")
 
 
-def _plot(axes: Any, y: int, points: Sequence[float], d: Estimate, limits: tuple[float, float], colour: str) -> None:
-    """Draw values, their mean and its interval in a row of a forest plot; an arrow is a mean beyond the limits."""
-    low, high = limits
-    inside = [point for point in points if low <= point <= high]
+def _plot(axes: Any, y: int, points: Sequence[float], d: Estimate, reach: float, colour: str) -> None:
+    """Draw values, their mean and its interval in a row of a forest plot; an arrow is a mean beyond its reach."""
+    inside = [point for point in points if abs(point) <= reach]
     axes.plot(inside, [y] * len(inside), "|", color=colour, alpha=0.35, markersize=7)
     if d.is_clear:
-        axes.plot([min(max(end, low), high) for end in (d.low, d.high)], [y, y], color=colour, linewidth=2)
+        axes.plot([min(max(end, -reach), reach) for end in (d.low, d.high)], [y, y], color=colour, linewidth=2)
     if d.turns:
-        at = min(max(d.value, low), high)
-        axes.plot([at], [y], "o" if at == d.value else ">" if at == high else "<", color=colour, markersize=6)
+        at = min(max(d.value, -reach), reach)
+        axes.plot([at], [y], "o" if at == d.value else ">" if at > 0 else "<", color=colour, markersize=6)
 
 
-def _reach(answers: Sequence[Answer]) -> float:
+def _reach(means: Sequence[Estimate | None], answers: Sequence[Answer]) -> float:
     """Return how far a plot reaches: beyond it, eight times as far as most intervals do, an arm would hide the rest."""
-    means = [row.mean for answer in answers for row in answer.rows]
     ends = [max(abs(d.low), abs(d.high)) for d in means if d and d.is_clear]
     return max(8 * statistics.median(ends) if ends else math.inf, *(answer.margin for answer in answers))
