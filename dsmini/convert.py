@@ -161,7 +161,9 @@ def _check(command: ConvertCommand) -> int:
     from dsmini.machine import peak_memory, processor
 
     start, dtype = time.perf_counter(), torch.bfloat16 if command.dtype == "bfloat16" else torch.float32
-    inspection = Inspection(command.src, dtype, command.report)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        inspection = Inspection(command.src, dtype, command.report)
     there, layers = inspection.there, []
     counted = accounting.parameters(there.config).total
     faults = [] if counted == there.n_parameters else [f"{there.n_parameters:,} parameters, accounting {counted:,}"]
@@ -174,6 +176,7 @@ def _check(command: ConvertCommand) -> int:
         f"{command.src.name}, {there.raw.get('model_type', 'inference layout')}: {plural(inspection.files, 'file')}, "
         f"{counted:,} parameters; tensors: {', '.join(f'{n:,} {name}' for name, n in sorted(stored.items()))}"
     ]
+    lines += [f"WARNING {str(each.message).removeprefix(f'{command.src} ')}" for each in warned]
     if inspection.stray:
         lines.append(f"WARNING these files are not the model's, and were not read: {listed(inspection.stray)}")
     for kind in dict.fromkeys(layer.kind for layer in layers):

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dsmini
 from dsmini.atomic import write_json
 from dsmini.checkpoint.load import FP4, RELEASED, Part, PretrainedTensors
 from dsmini.checkpoint.tensor_files import Stored, in_released_names, is_v4
@@ -84,15 +85,18 @@ class Inspection:
         self.files: int = len(files)
         self.stray: list[str] = sorted(file.name for file in folder.glob("*.safetensors") if file not in files)
         """Files of tensors that are not of the model."""
-        self.key: str = hashlib.sha256(repr((sorted(seen), self.there.raw, dtype)).encode()).hexdigest()
+        made_by = dsmini.__version__, [*Checked.__dataclass_fields__]
+        self.key: str = hashlib.sha256(repr((sorted(seen), self.there.raw, dtype, made_by)).encode()).hexdigest()
         self.done: dict[str, Any] = {}
         if report is not None and is_there(report):
             stored = read_table(report)
             require(
                 stored.get("of") == self.key,
-                f"{report} is the report of other files or another dtype; remove it, or choose a new name",
+                f"{report} is the report of other files, another dtype or version; remove it, or choose a new name",
             )
             self.done = stored["layers"]
+        elif report is not None:
+            require(report.absolute().parent.is_dir(), f"there is no folder for {report}; make it, or name another")
         self.peer: Peer | None
         self.why_not: str
         self.peer, self.why_not = peer_of(folder, self.there.config, dtype)

@@ -345,6 +345,7 @@ def refuse_filled(path: Path) -> None:
     with refusing(f"cannot look into {path}", "choose another folder"):
         real = Path(os.path.realpath(path))
         filled = real.is_symlink() or (real.exists() and (not real.is_dir() or any(real.iterdir())))
+    require(not path.is_file(), f"{path} is a file; choose a new folder")
     require(not filled, f"{path} holds files already; choose a new folder, or remove that one")
     fix = f"choose a new folder in it, such as {path / 'model'}"
     require(not os.path.ismount(real), f"{path} is a mount point, which cannot be replaced; {fix}")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dsmini
 from dsmini.checkpoint import inspection
 from dsmini.checkpoint.inspection import Inspection
 from tests.helpers.commands import finish, run
@@ -156,6 +157,24 @@ def test_a_report_continues_where_it_was_interrupted(tmp_path: Path, monkeypatch
     other = inspected(tmp_path / "other", "v4")
     with pytest.raises(ValueError, match="is the report of other files"):
         Inspection(other, report=report)
+    monkeypatch.setattr(dsmini, "__version__", "9.9")
+    with pytest.raises(ValueError, match="another dtype or version"):
+        Inspection(folder, report=report)
+
+
+def test_what_the_config_promises_and_the_files_lack_is_in_the_report(tmp_path: Path) -> None:
+    folder = inspected(tmp_path / "model", "v3")
+    index, depth = folder / "model.safetensors.index.json", "model.layers.3."
+    table = json.loads(index.read_text())
+    table["weight_map"] = {name: file for name, file in table["weight_map"].items() if not name.startswith(depth)}
+    index.write_text(json.dumps(table))
+    for file in folder.glob("*.safetensors"):
+        kept = {name: tensor for name, tensor in load_file(file).items() if name in table["weight_map"]}
+        save_file(kept, file, {"format": "pt"}) if kept else file.unlink()
+    done = run("dsmini.convert model --check", tmp_path)
+    assert done.returncode == 0 and "- WARNING holds nothing of the 1 multi-token prediction layers" in done.stdout, (
+        done
+    )
 
 
 def test_wrong_arguments_are_one_sentence(tmp_path: Path) -> None:
@@ -165,6 +184,7 @@ def test_wrong_arguments_are_one_sentence(tmp_path: Path) -> None:
         "model x --report y.json": "--report is for --check",
         "model": "an argument is missing: DST",
         "nothing --check": "there is no folder nothing",
+        "model --check --report gone/y.json": "there is no folder for gone/y.json",
     }
     for arguments, sentence in wanted.items():
         done = run(f"dsmini.convert {arguments}", tmp_path)
