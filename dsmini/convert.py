@@ -163,7 +163,7 @@ def _check(command: ConvertCommand) -> int:
     start, dtype = time.perf_counter(), torch.bfloat16 if command.dtype == "bfloat16" else torch.float32
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        inspection = Inspection(command.src, dtype, command.report)
+        inspection = Inspection(command.src, dtype, command.report, dsmini.__version__)
     there, layers = inspection.there, []
     counted = accounting.parameters(there.config).total
     faults = [] if counted == there.n_parameters else [f"{there.n_parameters:,} parameters, accounting {counted:,}"]

@@ -260,7 +260,7 @@ def main(args: Sequence[str]) -> int:
 
 
 def _here(name: str, device: str) -> Outcome:
-    """Run a check in this process. What it prints goes to the standard error."""
+    """Run a check in this process; its output goes to the standard error."""
     begin, state = time.perf_counter(), "ok"
     try:
         with contextlib.redirect_stdout(sys.stderr):

@@ -43,7 +43,7 @@ TIMEOUT = 60.0
 def formula(name: ScheduleName, n_ranks: int, n_microbatches: int) -> float:
     """Return the share of the published bubble where a forward F and both halves of a backward, I and W, take 1 each.
 
-    For ZBV this is the formula of ZB1P, and for DualPipeV that of DualPipe on twice as many ranks.
+    For ZBV this is the formula of ZB1P, and for DualPipeV that of DualPipe on 2 * n_ranks.
 
     Source: DeepSeek-V3 report, table 2: (PP-1)(F+B), (PP-1)(F+B-2W), (PP/2-1)(F&B+B-3W), with PP stages and B = I + W.
     """

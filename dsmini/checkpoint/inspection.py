@@ -23,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import dsmini
 from dsmini.atomic import write_json
 from dsmini.checkpoint.load import FP4, RELEASED, Part, PretrainedTensors
 from dsmini.checkpoint.tensor_files import Stored, in_released_names, is_v4
@@ -71,12 +70,15 @@ class Inspection:
     Args:
         dtype: of weights and products.
         report: file in which finished layers are stored, and from which a later check takes them; None: none is.
+        version: of what checks; a report of another is refused.
 
     Raises: ValueError for headers that do not fit the config, with all that is wrong, and for the report of another
         folder.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, report: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, report: Path | None = None, version: str = ""
+    ) -> None:
         self.there: PretrainedTensors = PretrainedTensors(folder)
         self.dtype: torch.dtype = dtype
         self.report: Path | None = report
@@ -85,7 +87,7 @@ class Inspection:
         self.files: int = len(files)
         self.stray: list[str] = sorted(file.name for file in folder.glob("*.safetensors") if file not in files)
         """Files of tensors that are not of the model."""
-        made_by = dsmini.__version__, [*Checked.__dataclass_fields__]
+        made_by = version, [*Checked.__dataclass_fields__]
         self.key: str = hashlib.sha256(repr((sorted(seen), self.there.raw, dtype, made_by)).encode()).hexdigest()
         self.done: dict[str, Any] = {}
         if report is not None and is_there(report):

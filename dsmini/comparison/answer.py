@@ -200,7 +200,7 @@ def _record(results: Results, found: Mapping[str, Verdict]) -> dict[str, Any]:
 def draw(path: Path, answers: Sequence[Answer]) -> None:
     """Write a forest plot as PNG, at most HEIGHT high: in each row paired differences, their mean and 95 % interval.
 
-    Of more than MOST_ROWS those of arms that differ stay, and a title says how many do not.
+    With more than MOST_ROWS, rows of arms that differ stay, and a title says how many are left out.
     """
     from matplotlib.figure import Figure  # half a second to import: only when there is something to draw
     from matplotlib.patches import Rectangle

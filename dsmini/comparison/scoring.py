@@ -1,4 +1,4 @@
-"""What losses are measured on: ranges of bytes of the held-out text, the same for all arms.
+"""Ranges of bytes of the held-out text on which losses are measured, the same for all arms.
 
 Windows that are cut for a context or of an arm's own tokens end at other bytes in each arm, and some bytes are easier
 than others: arms that are the same would differ by more than most ideas change. So ranges of bytes are chosen once, and

@@ -206,7 +206,7 @@ class LayerCacheView:
     """Rows, or the object that a layer's new_cache returned."""
     at: CachePositions
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
-    """What the layer makes of its weights and has use for while this cache lives."""
+    """Tensors that the layer makes of its weights and uses while this cache lives."""
     form: Form = "auto"
     """The way MLA attends to the store; auto is the one with less work (`mla.form_of`)."""
 

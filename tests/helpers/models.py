@@ -1,4 +1,4 @@
-"""What tests do with small models: draw tokens, decode in chunks, and let indexers learn."""
+"""Calls of tests on small models: draw tokens, decode in chunks, and let indexers learn."""
 
 from collections.abc import Sequence
 from typing import Any

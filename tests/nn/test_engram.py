@@ -152,7 +152,7 @@ def test_what_it_takes_back_is_read_again_as_in_one_pass(case: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "fp8"])
 def test_a_cache_of_low_precision_has_every_id(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """257 is no number of BF16."""
+    """BF16 cannot hold 257."""
     model, rows = model_of("V3", vocab_size=3000), list[Tensor]()
     real = Engram.hashed
     monkeypatch.setattr(Engram, "hashed", lambda *args: (rows.append(real(*args)), rows[-1])[1])

@@ -281,7 +281,7 @@ def test_deployment_of_its_own_is_one_candidate_with_a_label() -> None:
 
 
 def test_deployment_of_its_own_is_on_equal_terms() -> None:
-    """It is searched as the same sizes by flags are, and is no candidate where other sizes are asked."""
+    """It is searched as the same sizes by flags are, and only a candidate where no other sizes are asked."""
     flags = "prefill_gpus=32 prefill_tensor=4 decode_gpus=320 decode_tensor=4"
     for phase in PHASES:
         found = found_of(f"deepseek-v3 {flags}", phase)

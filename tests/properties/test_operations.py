@@ -71,7 +71,7 @@ def wide(x: Any) -> Any:
 def check(operation: Any, arguments: tuple[Any, ...], want: Tensor, bound: Tensor) -> None:
     """Compare every backend with the equation in FP64; no number may be off by more than the bound.
 
-    Torch's own products get rows without NaN beside them: in BF16, units of tiles (AMX) read two numbers at a time and
+    Torch's own products only get rows without NaN: in BF16, units of tiles (AMX) read two numbers at a time and
     multiply what follows a row of odd length by zero.
     """
     alone = [a.clone() if isinstance(a, Tensor) else a for a in arguments]

@@ -33,7 +33,7 @@ def run(function: str, **fields: Any) -> None:
 
     Args:
         fields: all but `threads`, which is torch's number unless it is given. A tensor is an operand, of which the
-            function gets a contiguous copy if it must; None is no memory. Results are the `span` of their memory.
+            function gets a contiguous copy if it must; None is a null pointer. Results are the `span` of their memory.
 
     Raises: RuntimeError where it refuses; Unserved for groups of rows that do not cover them, and as `detached`.
     """
