@@ -43,7 +43,7 @@ BLOCK = re.compile(
     r"^```(?P<kind>\w+)(?: (?P<option>\w+))?\n(?P<body>.*?)^```$|^<!-- (?P<how>lines|bars): (?P<what>.*?) -->$",
     re.MULTILINE | re.DOTALL,
 )
-NUMBER = re.compile(r"(?<![\w.])-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
+NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 OPTIONS = ("", "about", "once")
 """Of a block of text that is output."""
 ABOUT = 0.1

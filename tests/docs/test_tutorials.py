@@ -128,3 +128,4 @@ def test_output_may_differ_in_the_last_digit_and_more_where_the_page_says_about(
         assert differences(other, want, about) != []
     for other in ("loss 1.23, 1.2", f"{want}\ntwo", ""):
         assert differences(other, want, False) != []
+    assert differences("by +0.00", "by -0.01") == [], "a sign is part of its number"

@@ -165,7 +165,9 @@ def library() -> build.Library:
     reason = cpu.why_not()
     if reason is not None:
         pytest.skip(reason)
-    return build.library()
+    library = build.library()
+    library.entry("tiles")  # so that its file is known to whichever test comes first
+    return library
 
 
 def force(name: str, monkeypatch: pytest.MonkeyPatch, library: build.Library) -> str:

@@ -256,6 +256,7 @@ def test_a_step_by_other_code_is_priced_as_what_it_runs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.memory(4)  # calls are timed in blocks of four last-level caches, which have half a GB on large servers
 @pytest.mark.parametrize("work", ["training", "prefill", "decode"])
 def test_forecast_is_near_what_a_step_takes(work: Work) -> None:
     """Allow a factor of two between the fastest of each, in turns and on one thread, until they agree or 12 rounds end.
