@@ -342,14 +342,9 @@ class WeightFigures:
         return self.held("width")
 
     @counted("B")
-    def latent_up_bytes(self) -> int:
-        """Bytes of the projections out of the latent. Source: shapes of the released checkpoints."""
-        return self.held("up")
-
-    @counted("B")
     def absorbed_bytes(self) -> int:
-        """Bytes of the projections out of the latent in two halves. Source: V2, section 2.1.2."""
-        return self.size * sum(use.per_token for use in self.uses if use.split == "up")
+        """Bytes that the projections out of the latent add in two halves. Source: V2, section 2.1.2."""
+        return self.size * sum(use.per_token for use in self.uses if use.split == "up") - self.held("up")
 
     @counted("B")
     def whole_bytes(self) -> int:

@@ -196,16 +196,13 @@ class Inputs:
 
 @functools.cache
 def presets() -> dict[str, Any]:
-    """Return the published runs and models of presets.toml."""
+    """Return the published runs of presets.toml."""
     return read_toml(Path(__file__).parent / "presets.toml")
 
 
 @functools.cache
-def reference(name: str) -> ModelConfig:
-    """Return a model of published figures by name: of configs/, or a dense one of presets.toml."""
-    if name in presets()["models"]:
-        return build(ModelConfig, presets()["models"][name], "presets.toml", f"models.{name}.")
-    return ModelConfig.from_file(find_config(Path(name)))
+def _v3() -> ModelConfig:
+    return ModelConfig.from_file(find_config(Path("deepseek-v3")))
 
 
 def is_v3(config: ModelConfig, indexer: bool = False) -> bool:
@@ -218,8 +215,9 @@ def is_v3(config: ModelConfig, indexer: bool = False) -> bool:
     """
     if indexer and config.attention == "dsa":
         config = replace(config, attention="mla", **NO_INDEXER)
-    v3 = reference("deepseek-v3")
-    return all(getattr(config, name) == getattr(v3, name) for name in ("attention", *SIZES) if name != "n_mtp_layers")
+    return all(
+        getattr(config, name) == getattr(_v3(), name) for name in ("attention", *SIZES) if name != "n_mtp_layers"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -443,7 +443,7 @@ class Served:
         w, whole = self.s.weights, self.s.weights.whole_bytes - self.s.weights.table_bytes
         divided = w.divided_bytes + w.vocabulary_bytes
         if self.decode and self.s.c.is_mla:
-            return (divided + w.absorbed_bytes - w.latent_up_bytes) / self.d.tensor + whole
+            return (divided + w.absorbed_bytes) / self.d.tensor + whole
         return divided / self.d.tensor + whole
 
     @figure("s", main=True)

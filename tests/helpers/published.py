@@ -22,13 +22,15 @@ from typing import Any, Literal
 from dsmini.accounting import decode_flops_per_token, kv_bytes_per_token, parameters
 from dsmini.accounting.flops import flops_per_token
 from dsmini.accounting.tensors import MTP, OVER, SCORES
+from dsmini.config import ModelConfig
+from dsmini.config.fields import build
 from dsmini.planner.exchange import Exchange
 from dsmini.planner.figure import Figure, Figures, figures_of
 from dsmini.planner.hardware import load_hardware
 from dsmini.planner.model import CacheFigures, ModelFigures
 from dsmini.planner.plan import Plan, make_plan
-from dsmini.planner.request import Model, PlanRequest, reference
-from dsmini.reading import read_toml
+from dsmini.planner.request import Model, PlanRequest
+from dsmini.reading import find_config, read_toml
 from dsmini.report.units import human, in_words
 from tests.helpers.plans import run_of
 
@@ -37,6 +39,7 @@ PAGE = ROOT / "docs" / "published.md"
 Status = Literal["reproduced", "follows", "fitted", "missed", "misprint"]
 V2_BITS = 6
 """Bits of a number of V2's cache (V2, section 3.2.2)."""
+DENSE = ROOT / "tests" / "planner" / "dense_models.toml"
 EXTENSION = ((32768, 1920), (131072, 480))
 """Tokens and sequences of the steps in V3's two phases of context extension, 1000 each (V3, section 4.3)."""
 
@@ -91,6 +94,15 @@ def rounding(printed: str) -> float:
 
 
 # --- ours
+
+
+@functools.cache
+def reference(name: str) -> ModelConfig:
+    """Return a model by name: of configs/, or a dense one of dense_models.toml."""
+    dense = read_toml(DENSE)
+    if name in dense:
+        return build(ModelConfig, dense[name], DENSE.name, f"{name}.")
+    return ModelConfig.from_file(find_config(Path(name)))
 
 
 @functools.cache

@@ -13,9 +13,10 @@ from dsmini.nn import route
 from dsmini.planner.exchange import places_hit
 from dsmini.planner.pages import lines_of
 from dsmini.planner.plan import make_plan
-from dsmini.planner.request import Model, PlanRequest, reference
+from dsmini.planner.request import Model, PlanRequest
 from dsmini.planner.training import PARTS
 from tests.helpers.plans import every_of, hardware_of, in_layout, plan_of, run_of, trained_in, values_of
+from tests.helpers.published import reference
 
 # --- what GPUs hold
 
