@@ -215,9 +215,8 @@ def is_v3(config: ModelConfig, indexer: bool = False) -> bool:
     """
     if indexer and config.attention == "dsa":
         config = replace(config, attention="mla", **NO_INDEXER)
-    return all(
-        getattr(config, name) == getattr(_v3(), name) for name in ("attention", *SIZES) if name != "n_mtp_layers"
-    )
+    v3 = _v3()
+    return all(getattr(config, name) == getattr(v3, name) for name in ("attention", *SIZES) if name != "n_mtp_layers")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
