@@ -318,7 +318,7 @@ def mean_loss(sums: Float[Tensor, " 4"], queries: int) -> IndexerLoss:
 class Choice(NamedTuple):
     """The keys that the queries of a call attend to in one layer, or in several."""
 
-    topk_indices: Int[Tensor, "b s k"] | None
+    topk_indices: Int[Tensor, "b s k"] | None = None
     """Positions of the keys; -1 is none. None: a query attends to all keys that it sees."""
     index: tuple[Float[Tensor, "b s i d"], Float[Tensor, "b s d"], Float[Tensor, "b s i"]] | None = None
     """Queries, keys and head weights of the indexer, where it learns from a layer that attends to these keys."""
@@ -337,10 +337,8 @@ class DSA(MLA):
 
     source: int = 0
     """Number of the layer whose indexer chooses: its own, or the last one before it that has an indexer."""
-    is_shared: bool = False
-    """True if later layers take its choice."""
-    target: str = "own"
-    """Attention that the indexer learns to predict, as ModelConfig.indexer_target."""
+    passed_on: int = 0
+    """Number of fields of its Choice that later layers get: none, its keys, or what their losses compare too."""
 
     def __init__(
         self, config: ModelConfig | None = None, /, layer: int = 0, *, mask: Mask | None = None, **arguments: Any
@@ -348,8 +346,8 @@ class DSA(MLA):
         c = layer_config(config, arguments if config else {"attention": "dsa", **arguments})
         super().__init__(c, mask=mask)
         self.source = c.index_source(layer)
-        self.is_shared = c.index_source(layer + 1) == layer
-        self.target = c.indexer_target
+        if c.index_source(layer + 1) == layer:
+            self.passed_on = 2 if c.indexer_target == "served" else 1
         self.indexer: Any = Indexer(c) if self.source == layer else None
 
     def attention(
@@ -400,7 +398,7 @@ class DSA(MLA):
             return context.choices[self.source]
         (x, latent), cache, cos_sin, stage = inputs, context.cache, context.cos_sin(self.rope), context.stage
         longest = x.shape[1] if cache is None else int(cache.at.lengths.max())
-        choice = Choice(None)
+        choice = Choice()
         if stage is not None or longest > self.indexer.topk:
             with torch.set_grad_enabled(stage is not None and torch.is_grad_enabled()):
                 index = self.indexer(x.detach(), latent.detach(), cos_sin)
@@ -409,8 +407,7 @@ class DSA(MLA):
             cache.index.append((self.indexer.keys(x, cos_sin),))
         if context.chosen is not None:
             context.chosen.append(choice.topk_indices)
-        if self.is_shared:
-            context.choices[self.source] = choice if self.target == "served" else Choice(choice.topk_indices)
+        context.choices[self.source] = Choice(*choice[: self.passed_on])
         return choice
 
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Rows:

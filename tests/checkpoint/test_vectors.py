@@ -143,7 +143,7 @@ def takes_all(layer: Any) -> None:
 
 
 def takes_the_first(layer: Any) -> None:
-    layer.attn.source, layer.attn.is_shared = 0, True
+    layer.attn.source, layer.attn.passed_on = 0, 1
 
 
 def starts_shared(_: Patch, model: Transformer) -> None:
