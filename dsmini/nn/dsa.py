@@ -407,7 +407,7 @@ class DSA(MLA):
             cache.index.append((self.indexer.keys(x, cos_sin),))
         if context.chosen is not None:
             context.chosen.append(choice.topk_indices)
-        context.choices[self.source] = Choice(*choice[: self.passed_on])
+        context.choices[self.source] = choice._replace(**dict.fromkeys(Choice._fields[self.passed_on :]))
         return choice
 
     def new_cache(self, batch_size: int, max_seq_len: int, dtype: CacheDtype, device: torch.device) -> Rows:
